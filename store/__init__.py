@@ -1,0 +1,1 @@
+"""The store: formats, index, arena and everything else that makes a node."""
