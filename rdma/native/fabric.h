@@ -88,7 +88,8 @@ struct mkv_channel_ops {
     void (*flush)(struct mkv_channel *ch);
     /* Collects up to max completions, oldest first on each rail; refills the wire from the queue. */
     int (*poll)(struct mkv_channel *ch, struct mkv_done *out, int max);
-    /* Asks for `fd` to become readable at the next completion. 1: poll again first, something may be there. */
+    /* Asks for `fd` to become readable at the next completion. 1: poll again first, something may be there.
+     */
     int (*arm)(struct mkv_channel *ch);
     /* Breaks the channel. Every READ under way still completes through poll, flushed; only then can no
      * device write its destination any more. */
@@ -99,16 +100,16 @@ struct mkv_channel { /* what every fabric's channel starts with */
     const struct mkv_channel_ops *ops;
     const struct mkv_table *local;
     const struct mkv_table *remote;
-    uint32_t depth;       /* READs that may be queued and under way together */
-    uint32_t busy;        /* READs queued and under way now */
-    int32_t fd;           /* becomes readable as armed; for poll(2) or an event loop, never read from outside */
-    int32_t broken;       /* 0, or the negative errno that broke it */
-    uint64_t window;      /* bytes that may be on the wire at once (at least one READ always may) */
-    uint64_t wire_bytes;  /* bytes on the wire now */
-    uint64_t read_bytes;  /* bytes READ so far */
-    uint64_t reads;       /* READs completed so far */
-    uint64_t doorbells;   /* posts to the device, or send calls */
-    uint64_t sleeps;      /* waits on fd */
+    uint32_t depth;  /* READs that may be queued and under way together */
+    uint32_t busy;   /* READs queued and under way now */
+    int32_t fd;      /* becomes readable as armed; for poll(2) or an event loop, never read from outside */
+    int32_t broken;  /* 0, or the negative errno that broke it */
+    uint64_t window; /* bytes that may be on the wire at once (at least one READ always may) */
+    uint64_t wire_bytes; /* bytes on the wire now */
+    uint64_t read_bytes; /* bytes READ so far */
+    uint64_t reads;      /* READs completed so far */
+    uint64_t doorbells;  /* posts to the device, or send calls */
+    uint64_t sleeps;     /* waits on fd */
 };
 
 #endif

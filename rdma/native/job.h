@@ -5,8 +5,8 @@
  *                   └─ never blocks                                  done list + eventfd for reap()
  *
  * A job owns its channel from start to end. It sets `done` only when no device can write into its memory any
- * more (every READ completed, flushed, or its channel declared `undrained`, which obliges the owner to destroy
- * the queue pair before anything is handed back).
+ * more (every READ completed, flushed, or its channel declared `undrained`, which obliges the owner to
+ * destroy the queue pair before anything is handed back).
  */
 #ifndef MKV_JOB_H
 #define MKV_JOB_H
@@ -26,7 +26,7 @@ struct mkv_job {
     int32_t rc;           /* 0, or a negative errno of the whole batch; per-key statuses say the rest */
     int32_t undrained;    /* the device kept READs: destroy the channel before touching the buffers */
     int32_t armed;        /* the driver's note */
-    uint64_t broken_ns; /* when the channel was found broken */
+    uint64_t broken_ns;   /* when the channel was found broken */
     uint64_t started_ns;
     uint64_t ended_ns;
     uint64_t ticket;
