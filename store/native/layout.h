@@ -20,6 +20,8 @@
  *
  * The slot's offset is that of the payload; the live line lies right before it, so that one READ from
  * offset - 64 brings both. Who writes what, and why a stale read does no harm, stands in docs/layout.md.
+ *
+ * The parts between "cdef" and "end cdef" are also what build.py shows to Python: plain declarations only.
  */
 #ifndef MKV_LAYOUT_H
 #define MKV_LAYOUT_H
@@ -27,6 +29,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* cdef */
 #define MKV_KEY_BYTES      16u
 #define MKV_BUCKET_SLOTS   8u
 #define MKV_INDEX_HEADER   4096u
@@ -37,11 +40,13 @@
 #define MKV_LINE_MAGIC     0x4c564b4du /* "MKVL" */
 #define MKV_COLD_MAGIC     0x43564b4du /* "MKVC" */
 #define MKV_EPOCH_MAGIC    0x45564b4du /* "MKVE" */
+#define MKV_LOCATION_MOVED 8ull        /* the moved bit of a location */
 
-enum { /* slot states */
-       MKV_SLOT_EMPTY = 0,
-       MKV_SLOT_LIVE = 1, /* in the arena: READ it */
-       MKV_SLOT_FLASH = 2 /* in flash only: ask the node to stage it */
+/* slot states */
+enum {
+    MKV_SLOT_EMPTY = 0,
+    MKV_SLOT_LIVE = 1, /* in the arena: READ it */
+    MKV_SLOT_FLASH = 2 /* in flash only: ask the node to stage it */
 };
 
 struct mkv_slot { /* 32 B */
@@ -81,7 +86,7 @@ struct mkv_cold { /* the cold record, 128 B, starts the header page; never read 
     uint64_t device; /* identity of the flash device */
     uint64_t offset; /* of this header page on it */
     uint64_t spare[4];
-    uint64_t check; /* keyed, over the 112 bytes before `tail` */
+    uint64_t check; /* keyed, over the 112 bytes before it */
     uint64_t tail;  /* zero */
 };
 
@@ -95,6 +100,7 @@ struct mkv_epoch { /* the epoch line, 64 B, starts every index region */
     uint64_t buckets;     /* of this table */
     uint64_t spare1[3];
 };
+/* end cdef */
 
 _Static_assert(sizeof(struct mkv_slot) == 32 && sizeof(struct mkv_bucket) == 256, "slot and bucket");
 _Static_assert(sizeof(struct mkv_line) == 64 && offsetof(struct mkv_line, generation) == 56, "live line");
@@ -105,11 +111,18 @@ _Static_assert(sizeof(struct mkv_epoch) == 64 && offsetof(struct mkv_epoch, epoc
 static inline uint64_t mkv_location(uint32_t state, uint32_t slab, uint64_t offset) {
     return (uint64_t)state | (uint64_t)slab << 4 | (offset / MKV_OFFSET_UNIT) << 24;
 }
-static inline uint32_t mkv_location_state(uint64_t loc) { return (uint32_t)(loc & 7); }
-static inline uint32_t mkv_location_moved(uint64_t loc) { return (uint32_t)(loc >> 3 & 1); }
-static inline uint32_t mkv_location_slab(uint64_t loc) { return (uint32_t)(loc >> 4 & 0xfffff); }
-static inline uint64_t mkv_location_offset(uint64_t loc) { return (loc >> 24 & 0x1fffff) * MKV_OFFSET_UNIT; }
-#define MKV_LOCATION_MOVED 8ull
+static inline uint32_t mkv_location_state(uint64_t loc) {
+    return (uint32_t)(loc & 7);
+}
+static inline uint32_t mkv_location_moved(uint64_t loc) {
+    return (uint32_t)(loc >> 3 & 1);
+}
+static inline uint32_t mkv_location_slab(uint64_t loc) {
+    return (uint32_t)(loc >> 4 & 0xfffff);
+}
+static inline uint64_t mkv_location_offset(uint64_t loc) {
+    return (loc >> 24 & 0x1fffff) * MKV_OFFSET_UNIT;
+}
 
 /* The two candidate buckets of a key: the salted halves of the key through a 64-bit mixer (Stafford's
  * variant 13, as in SplitMix64). `buckets` is a power of two, at least 2. */
@@ -130,26 +143,28 @@ static inline void mkv_candidates(const uint8_t key[16], uint64_t salt, uint64_t
         out[1] ^= 1;
 }
 
+/* cdef */
 /* Per-key statuses; memkv/status.py names them for applications. */
 enum {
     MKV_PENDING = 0,
-    MKV_HIT = 1,     /* get: verified and in place; exists, match: present */
-    MKV_MISS = 2,    /* not there */
-    MKV_STALE = 3,   /* changed under the reader twice: to be treated as a miss */
-    MKV_TIMEOUT = 4, /* the deadline passed */
-    MKV_CORRUPT = 5, /* the payload does not agree with its checksum */
-    MKV_STORED = 6,  /* put: published */
-    MKV_EXISTS = 7,  /* put: the block was there already */
-    MKV_DONE = 8,    /* touch, pin, unpin, delete: carried out */
-    MKV_ERROR = 16,  /* from here on: errors, by reason */
-    MKV_ERROR_LINK = 16,      /* the connection to the node broke under way */
-    MKV_ERROR_UNREACHABLE,    /* the node is not connected */
-    MKV_ERROR_LENGTH,         /* the slice is shorter than the block, or a length the namespace refuses */
-    MKV_ERROR_BOUNDS,         /* the slice is not inside a registered buffer */
-    MKV_ERROR_TOO_LARGE,      /* larger than the namespace's blocks or than the arena */
-    MKV_ERROR_FULL,           /* no room, and nothing that may be evicted before the deadline */
-    MKV_ERROR_REFUSED,        /* not allowed: a wrong region, a pin over the limit */
+    MKV_HIT = 1,           /* get: verified and in place; exists, match: present */
+    MKV_MISS = 2,          /* not there */
+    MKV_STALE = 3,         /* changed under the reader twice: to be treated as a miss */
+    MKV_TIMEOUT = 4,       /* the deadline passed */
+    MKV_CORRUPT = 5,       /* the payload does not agree with its checksum */
+    MKV_STORED = 6,        /* put: published */
+    MKV_EXISTS = 7,        /* put: the block was there already */
+    MKV_DONE = 8,          /* touch, pin, unpin, delete: carried out */
+    MKV_ERROR = 16,        /* from here on: errors, by reason */
+    MKV_ERROR_LINK = 16,   /* the connection to the node broke under way */
+    MKV_ERROR_UNREACHABLE, /* the node is not connected */
+    MKV_ERROR_LENGTH,      /* the slice is shorter than the block, or a length the namespace refuses */
+    MKV_ERROR_BOUNDS,      /* the slice is not inside a registered buffer */
+    MKV_ERROR_TOO_LARGE,   /* larger than the namespace's blocks or than the arena */
+    MKV_ERROR_FULL,        /* no room, and nothing that may be evicted before the deadline */
+    MKV_ERROR_REFUSED,     /* not allowed: a wrong region, a pin without a time to live */
     MKV_ERROR_INTERNAL
 };
+/* end cdef */
 
 #endif

@@ -4,8 +4,8 @@
  *     └─ mkv_ns   a namespace: an index, slabs that it holds, SIEVE queues per size class, quarantine
  *
  * Every call takes a batch and may be made from any thread (a namespace has one mutex; checksums are computed
- * outside it). Peers READ the index and the slabs meanwhile and take no lock: what keeps them safe stands at the
- * head of arena.c. Nothing here allocates per block after a namespace and its slabs are made.
+ * outside it). Peers READ the index and the slabs meanwhile and take no lock: what keeps them safe stands at
+ * the head of arena.c. Nothing here allocates per block after a namespace and its slabs are made.
  */
 #ifndef MKV_STORE_H
 #define MKV_STORE_H
@@ -14,18 +14,20 @@
 #include <stdint.h>
 #include "layout.h"
 
+/* cdef */
 struct mkv_arena;
 struct mkv_ns;
 
 /* --- checksum.c --- XXH3-64 over fixed chunks: see docs/layout.md, "Checksum". */
 #define MKV_CHUNK_BYTES 16384u
 uint64_t mkv_checksum(const void *data, uint64_t length);
+/* end cdef */
 
 /* --- arena.c: the arena, its slabs, the timer --- */
 
-/* Cuts `bytes` at `base` (page-aligned, zeroed, the caller's mapping, which must outlive the arena) into slabs of
- * `slab_bytes` (a multiple of 4096, at most MKV_SLAB_MAX_BYTES). `incarnation`: of the node, random, not 0.
- * Starts the timer thread. NULL with errno on error. */
+/* Cuts `bytes` at `base` (page-aligned, zeroed, the caller's mapping, which must outlive the arena) into
+ * slabs of `slab_bytes` (a multiple of 4096, at most MKV_SLAB_MAX_BYTES). `incarnation`: of the node, random,
+ * not 0. Starts the timer thread. NULL with errno on error. */
 struct mkv_arena *mkv_arena_new(void *base, uint64_t bytes, uint64_t slab_bytes, uint64_t incarnation);
 void mkv_arena_free(struct mkv_arena *a); /* after all its namespaces; joins the timer thread */
 
@@ -35,9 +37,9 @@ uint64_t mkv_arena_free_slabs(const struct mkv_arena *a);
 
 /* --- namespace.c: one tenant's blocks --- */
 
-/* block_bytes: the longest payload (up to what one extent in one slab can hold); align: 512 or 4096; grace_ns:
- * G, the time that an extent spends in quarantine; salt: of the index hash. The timer ticks the namespace every
- * grace_ns/4, never sooner after the last tick. NULL with errno on error. */
+/* block_bytes: the longest payload (up to what one extent in one slab can hold); align: 512 or 4096;
+ * grace_ns: G, the time that an extent spends in quarantine; salt: of the index hash. The timer ticks the
+ * namespace every grace_ns/4, never sooner after the last tick. NULL with errno on error. */
 struct mkv_ns *mkv_ns_new(struct mkv_arena *a, uint32_t id, uint32_t block_bytes, uint32_t align,
                           uint64_t grace_ns, uint64_t salt);
 void mkv_ns_free(struct mkv_ns *ns); /* its slabs go back to the arena (zeroed), its tables are unmapped */
@@ -55,20 +57,21 @@ struct mkv_span { /* a slab or a table, as Python registers it */
     uint64_t buckets; /* tables only */
 };
 /* A free slab for the class that wants one. 0; -ENOENT: none wanted; -ENOMEM: the arena has none (then a slab
- * of another class of this namespace is retired if that class has more than its share, and CHORE_RETIRE follows
- * in time). After registration and announcement `ready` lets blocks be stored in it. */
+ * of another class of this namespace is retired if that class has more than its share, and CHORE_RETIRE
+ * follows in time). After registration and announcement `ready` lets blocks be stored in it. */
 int mkv_ns_slab_take(struct mkv_ns *ns, struct mkv_span *out);
 int mkv_ns_slab_ready(struct mkv_ns *ns, uint64_t id);
-/* Full retirement: every block of the slab is unpublished at once; pinned blocks too. After the grace period it is
- * reported by mkv_ns_slab_retired (0, or -ENOENT), and after mkv_ns_slab_released the memory, zeroed, is the
- * arena's again under a new id. mkv_ns_slab_retire(id 0) picks the slab with the fewest live blocks. */
+/* Full retirement: every block of the slab is unpublished at once; pinned blocks too. After the grace period
+ * it is reported by mkv_ns_slab_retired (0, or -ENOENT), and after mkv_ns_slab_released the memory, zeroed,
+ * is the arena's again under a new id. mkv_ns_slab_retire(id 0) picks the slab with the fewest live blocks.
+ */
 int mkv_ns_slab_retire(struct mkv_ns *ns, uint64_t id);
 int mkv_ns_slab_retired(struct mkv_ns *ns, uint64_t *id);
 int mkv_ns_slab_released(struct mkv_ns *ns, uint64_t id);
 
-/* The index. prepare maps an empty table twice the size; switch rehashes into it and puts its version in force (in
- * the epoch line of every table that still exists); the old one stays readable, frozen, its epoch line still
- * ticking, until drop. */
+/* The index. prepare maps an empty table twice the size; switch rehashes into it and puts its version in
+ * force (in the epoch line of every table that still exists); the old one stays readable, frozen, its epoch
+ * line still ticking, until drop. */
 int mkv_ns_table(struct mkv_ns *ns, struct mkv_span *out); /* the one in force */
 int mkv_ns_table_prepare(struct mkv_ns *ns, struct mkv_span *out);
 int mkv_ns_table_switch(struct mkv_ns *ns, uint64_t version);
@@ -94,18 +97,19 @@ struct mkv_fill {
  * already (and counts as touched); MKV_ERROR_FULL: no extent is free *now* (ask again after a tick);
  * MKV_ERROR_TOO_LARGE, MKV_ERROR_LENGTH (0). */
 int mkv_fill_begin(struct mkv_ns *ns, const uint8_t key[16], uint32_t length, struct mkv_fill *out);
-/* The payload is in place and its checksum is `checksum`: writes cold record, live line and slot, in that order.
- * MKV_STORED; MKV_EXISTS (another put was faster; the extent is free again at once, it was never visible);
- * MKV_ERROR_FULL (no slot, index in need of growth). */
-int mkv_fill_publish(struct mkv_ns *ns, const struct mkv_fill *fill, const uint8_t key[16], uint64_t checksum);
+/* The payload is in place and its checksum is `checksum`: writes cold record, live line and slot, in that
+ * order. MKV_STORED; MKV_EXISTS (another put was faster; the extent is free again at once, it was never
+ * visible); MKV_ERROR_FULL (no slot, index in need of growth). */
+int mkv_fill_publish(struct mkv_ns *ns, const struct mkv_fill *fill, const uint8_t key[16],
+                     uint64_t checksum);
 /* Nothing may still be writing into it. */
 void mkv_fill_abandon(struct mkv_ns *ns, const struct mkv_fill *fill);
 
 struct mkv_ns_stats { /* gauges, then counters since the namespace was made */
     uint64_t blocks, bytes, slots, buckets, table_version, slabs, extents, extents_free, extents_filling,
         extents_quarantine, extents_pinned, pinned_bytes, epoch;
-    uint64_t puts, put_bytes, duplicates, evictions, evicted_bytes, deletes, touches, lookups, lookup_hits, full,
-        displacements, grows, slabs_retired;
+    uint64_t puts, put_bytes, duplicates, evictions, evicted_bytes, deletes, touches, lookups, lookup_hits,
+        full, displacements, grows, slabs_retired;
 };
 void mkv_ns_stats(struct mkv_ns *ns, struct mkv_ns_stats *out);
 

@@ -1,0 +1,55 @@
+"""Builds ``memkv.store.native._store`` through cffi; setup.py runs it from the root of the repository.
+
+The declarations that Python sees are cut out of the C headers (the parts marked ``cdef``), so that they cannot
+drift apart from what the compiler sees.
+"""
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = "memkv/store/native"
+# Order matters: a type is declared before it is used.
+HEADERS = ["layout.h", "store.h", "checksum.h"]
+SOURCES = ["checksum.c", "checksum_avx2.c"]
+
+_MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_EXPRESSION = re.compile(r"^#define\s+(MKV_\w+)\s+\(.*\)\s*$", re.MULTILINE)
+
+
+def declarations(header: Path) -> str:
+    """The marked parts of a header, without comments; the compiler works out constant expressions."""
+    marked = "".join(_MARKED.findall(header.read_text(encoding="utf-8")))
+    if not marked:
+        raise ValueError(f"{header}: no part is marked /* cdef */ … /* end cdef */")
+    return _EXPRESSION.sub(r"#define \1 ...", _COMMENT.sub("", marked))
+
+
+# Inline functions of layout.h have bodies, which cffi does not read.
+INLINES = """
+void mkv_candidates(const uint8_t key[16], uint64_t salt, uint64_t buckets, uint64_t out[2]);
+uint64_t mkv_location(uint32_t state, uint32_t slab, uint64_t offset);
+uint32_t mkv_location_state(uint64_t loc);
+uint32_t mkv_location_moved(uint64_t loc);
+uint32_t mkv_location_slab(uint64_t loc);
+uint64_t mkv_location_offset(uint64_t loc);
+"""
+
+ffi = FFI()
+for name in HEADERS:
+    ffi.cdef(declarations(Path(HERE, name)))
+ffi.cdef(INLINES)
+ffi.set_source(
+    "memkv.store.native._store",
+    "".join(f'#include "{name}"\n' for name in HEADERS),
+    sources=[f"{HERE}/{name}" for name in SOURCES],
+    depends=[*(f"{HERE}/{name}" for name in HEADERS), f"{HERE}/checksum_body.h"],
+    include_dirs=[HERE, "memkv/rdma/native"],
+    extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
+    libraries=["pthread"],
+)
+
+if __name__ == "__main__":
+    ffi.compile(verbose=True)
