@@ -184,9 +184,8 @@ class VerbsEndpoint(Endpoint):
         attr.port_num = s.port.number
         attr.pkey_index = 0
         attr.qp_access_flags = int(pv().IBV_ACCESS_REMOTE_READ)
-        route = pv().GlobalRoute(
-            dgid=str(ipaddress.IPv6Address(end.gid).exploded), sgid_index=s.gid.gid.index, hop_limit=64
-        )
+        dgid = pv().GID(ipaddress.IPv6Address(end.gid).exploded)
+        route = pv().GlobalRoute(dgid=dgid, sgid_index=s.gid.gid.index, hop_limit=64)
         attr.ah_attr = pv().AHAttr(port_num=s.port.number, is_global=1, gr=route, dlid=end.lid)
         attr.path_mtu = {256: 1, 512: 2, 1024: 3, 2048: 4, 4096: 5}[min(end.mtu, s.port.mtu)]
         attr.dest_qp_num = end.qpn

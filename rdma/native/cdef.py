@@ -25,6 +25,7 @@ def declarations(*headers: str | Path) -> str:
                 out.append(f"#define {m[1]} {m[2]}")
         text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
         text = re.sub(r"^#.*$", "", text, flags=re.M)
+        text = re.sub(r"^MKV_[A-Z_]+\(.*\);$", "", text, flags=re.M)
         text = re.sub(r"_Static_assert\(.*?\);", "", text, flags=re.S)
         text = re.sub(r"^static inline.*?\{(?:.*\}$|.*?^\})", "", text, flags=re.S | re.M)
         out.append(text)

@@ -1,0 +1,1 @@
+"""The peer's C core: location cache and the job that looks up, READs and verifies a batch of blocks."""
