@@ -1,7 +1,7 @@
 """The formats that nodes and peers agree on, for numpy: the mirror of ``store/native/layout.h``.
 
-Drawings and meanings are in ``docs/layout.md``; a test holds the three together. This module imports nothing of
-the node (not even its compiled core), because peers need it too. Everything is little-endian.
+Drawings and meanings are in ``docs/layout.md``; a test holds the three together. This module imports nothing
+of the node (not even its compiled core), because peers need it too. Everything is little-endian.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Builds ``memkv.store.native._store`` through cffi; setup.py runs it from the root of the repository.
 
-The declarations that Python sees are cut out of the C headers (the parts marked ``cdef``), so that they cannot
-drift apart from what the compiler sees.
+The declarations that Python sees are cut out of the C headers (the parts marked ``cdef``), so that they
+cannot drift apart from what the compiler sees.
 """
 
 import re
@@ -11,8 +11,24 @@ from cffi import FFI
 
 HERE = "memkv/store/native"
 # Order matters: a type is declared before it is used.
-HEADERS = ["layout.h", "store.h", "checksum.h"]
-SOURCES = ["checksum.c", "checksum_avx2.c"]
+HEADERS = ["layout.h", "store.h", "checksum.h", "index.h"]
+SOURCES = [
+    "checksum.c",
+    "checksum_avx2.c",
+    "index.c",
+    "arena.c",
+    "slab.c",
+    "retire.c",
+    "sieve.c",
+    "quarantine.c",
+    "reserve.c",
+    "pin.c",
+    "table.c",
+    "tick.c",
+    "fill.c",
+    "namespace.c",
+    "check.c",
+]
 
 _MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)

@@ -5,7 +5,7 @@
  *
  * Every call takes a batch and may be made from any thread (a namespace has one mutex; checksums are computed
  * outside it). Peers READ the index and the slabs meanwhile and take no lock: what keeps them safe stands at
- * the head of arena.c. Nothing here allocates per block after a namespace and its slabs are made.
+ * the head of quarantine.c. Nothing here allocates per block after a namespace and its slabs are made.
  */
 #ifndef MKV_STORE_H
 #define MKV_STORE_H
@@ -21,7 +21,6 @@ struct mkv_ns;
 /* --- checksum.c --- XXH3-64 over fixed chunks: see docs/layout.md, "Checksum". */
 #define MKV_CHUNK_BYTES 16384u
 uint64_t mkv_checksum(const void *data, uint64_t length);
-/* end cdef */
 
 /* --- arena.c: the arena, its slabs, the timer --- */
 
@@ -116,5 +115,11 @@ void mkv_ns_stats(struct mkv_ns *ns, struct mkv_ns_stats *out);
 /* Checks every invariant that the property tests rely on (counts, lists, each slot's extent, no extent in two
  * places): 0, or a line number of the check that failed. */
 int mkv_ns_check(struct mkv_ns *ns);
+
+/* For tests: a tick at once, whatever the time. It breaks the promise that five ticks span a grace period, so
+ * it is for namespaces that nobody reads, made with a grace period so long that the timer's own ticks never
+ * come. */
+void mkv_ns_tick_now(struct mkv_ns *ns);
+/* end cdef */
 
 #endif

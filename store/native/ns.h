@@ -1,0 +1,175 @@
+/* ns.h: what a namespace is made of, for the files that implement store.h. Nothing else includes it.
+ *
+ *   mkv_ns ──► index, table[]                        what peers find blocks by                    (index.c,
+ * table.c) ├─ cls[0], cls[1], …     a size class ──► free, quarantine: lists;  sieve: live blocks (slab.c,
+ * sieve.c) ├─ slabs ──► slab ──► extent[]                 what the node knows of each place for a block └─
+ * pinned                                      live blocks that may not be evicted          (pin.c)
+ *
+ * Lock order: arena's timer_lock, a namespace's lock, the arena's lock. A name that ends in _locked wants the
+ * namespace's lock held; so do all functions that are declared in this file.
+ *
+ * An extent's life:
+ *
+ *   FREE ──begin──► FILLING ──publish──► LIVE ──unpublish──► QUARANTINE ──five ticks──► FREE
+ *     ▲                │
+ *     └────abandon─────┘           and from anywhere, when its slab is retired: DEAD
+ */
+#ifndef MKV_NS_H
+#define MKV_NS_H
+
+#include <pthread.h>
+
+#include "index.h"
+#include "store.h"
+
+#define MKV_MAX_CLASSES 48 /* 1, 3/4, 1/2, 3/8, 1/4, … of 1 GiB down to 512 bytes are 43 */
+#define MKV_MAX_TABLES  8  /* of one namespace, old ones that sessions still hold included */
+
+enum mkv_extent_state {
+    MKV_EXTENT_FREE,
+    MKV_EXTENT_FILLING,
+    MKV_EXTENT_LIVE,
+    MKV_EXTENT_QUARANTINE,
+    MKV_EXTENT_DEAD
+};
+
+struct mkv_extent { /* 72 B: what the node knows of one extent. Not registered: no peer sees it */
+    uint8_t key[16];
+    uint64_t generation; /* of the last publication */
+    uint64_t checksum;
+    uint64_t until; /* QUARANTINE: the epoch of release; pinned: when the pin expires, ns */
+    struct mkv_extent *prev, *next;
+    uint32_t slab;
+    uint32_t length;
+    uint32_t pins;
+    uint8_t state;
+    uint8_t visited;
+    uint8_t spare[2];
+};
+
+struct mkv_list {
+    struct mkv_extent *head, *tail;
+    uint64_t count;
+};
+
+struct mkv_sieve { /* live blocks in the order of their coming, newest first */
+    struct mkv_list queue;
+    struct mkv_extent *hand; /* where the search for a victim goes on, towards the head; NULL: at the tail */
+};
+
+struct mkv_class {
+    uint64_t payload; /* the longest that fits */
+    uint64_t extent;  /* header page and payload */
+    uint64_t per_slab;
+    struct mkv_list free, quarantine;
+    struct mkv_sieve sieve; /* live and not pinned */
+    uint64_t slabs;         /* ready ones */
+    uint64_t extents;       /* of ready slabs: free, filling, live, quarantined */
+    uint64_t filling, pinned;
+    uint64_t coming;    /* slabs taken and not ready */
+    uint64_t taken;     /* extents asked of this class since the last tick */
+    uint64_t rate16;    /* the same per tick, smoothed, in sixteenths */
+    uint64_t asked;     /* puts of this class's lengths since the last tick, whichever class served them */
+    uint64_t demand256; /* the same per tick, smoothed over many, in 256ths */
+    int wants;          /* a slab */
+};
+
+enum mkv_slab_state {
+    MKV_SLAB_TAKEN,    /* being registered */
+    MKV_SLAB_READY,    /* holds blocks */
+    MKV_SLAB_RETIRING, /* in quarantine as a whole */
+    MKV_SLAB_RETIRED,  /* has served it */
+    MKV_SLAB_REPORTED, /* and Python knows */
+    MKV_SLAB_ZEROING   /* on its way back to the arena */
+};
+
+struct mkv_slab {
+    struct mkv_ns *ns;
+    struct mkv_slab *prev, *next; /* of the same namespace */
+    struct mkv_class *cls;
+    struct mkv_extent *extent; /* count of them */
+    uint8_t *base;
+    uint64_t until; /* RETIRING: the epoch at which the grace period has passed */
+    uint32_t id;
+    uint32_t place; /* in the arena */
+    uint32_t count;
+    uint32_t live, pinned, filling;
+    enum mkv_slab_state state;
+};
+
+struct mkv_ns {
+    pthread_mutex_t lock;
+    struct mkv_arena *arena;
+    struct mkv_ns *next; /* of the timer's list */
+    uint32_t id, block_bytes, align;
+    uint32_t nclasses;
+    uint64_t salt;
+    uint64_t tick_ns;
+    uint64_t ticked_ns; /* when the last tick had been made (atomic) */
+    uint64_t epoch;
+    uint64_t sequence;
+    struct mkv_class cls[MKV_MAX_CLASSES]; /* largest first */
+    struct mkv_slab *slabs;
+    struct mkv_list pinned;
+    uint64_t pinned_bytes;
+    uint32_t retiring;         /* slabs between retire and released */
+    struct mkv_index *index;   /* in force */
+    struct mkv_index *pending; /* prepared */
+    struct mkv_index *growing; /* pending, while switch fills it: changes go to both */
+    int growing_failed;
+    int pressure; /* an insertion found no room since the last growth */
+    struct mkv_index *table[MKV_MAX_TABLES];
+    uint64_t versions;     /* tables made so far */
+    struct mkv_ns_stats n; /* the counters; the gauges are filled in when asked for */
+};
+
+/* --- slab.c --- */
+uint32_t mkv_classes_make(struct mkv_class *cls, uint64_t block_bytes, uint64_t align, uint64_t slab_bytes);
+struct mkv_class *mkv_class_of(struct mkv_ns *ns, uint64_t length);
+struct mkv_slab *mkv_slab_by_id(struct mkv_ns *ns, uint64_t id);
+struct mkv_slab *mkv_slab_of(struct mkv_ns *ns, const struct mkv_extent *e);
+/* The extent that a slot names. */
+struct mkv_extent *mkv_extent_at(struct mkv_ns *ns, uint64_t location);
+uint64_t mkv_extent_offset(const struct mkv_slab *s, const struct mkv_extent *e); /* of the header page */
+struct mkv_line *mkv_extent_line(const struct mkv_slab *s, const struct mkv_extent *e);
+void mkv_slab_unlink(struct mkv_ns *ns, struct mkv_slab *s);
+void mkv_slab_destroy(struct mkv_slab *s); /* gives the memory back, zeroed; wants no lock */
+
+/* --- retire.c --- */
+void mkv_slab_retire_locked(struct mkv_ns *ns, struct mkv_slab *s);
+/* A class finds no extent and the arena has no slab: retires a slab of another class, if that is fair. */
+void mkv_rebalance(struct mkv_ns *ns, struct mkv_class *c);
+
+/* --- sieve.c --- */
+void mkv_sieve_add(struct mkv_sieve *s, struct mkv_extent *e);
+void mkv_sieve_remove(struct mkv_sieve *s, struct mkv_extent *e);
+struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s); /* still in the queue; NULL if that is empty */
+
+/* --- quarantine.c --- */
+void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e);
+void mkv_quarantine_release(struct mkv_ns *ns, struct mkv_class *c);
+
+/* --- reserve.c --- */
+int mkv_class_may_grow(struct mkv_ns *ns, const struct mkv_class *c);
+uint64_t mkv_class_need(const struct mkv_class *c);
+struct mkv_extent *mkv_extent_take(struct mkv_ns *ns, struct mkv_class *c);
+void mkv_class_tick(struct mkv_ns *ns, struct mkv_class *c);
+
+/* --- pin.c --- */
+void mkv_pin_drop(struct mkv_ns *ns, struct mkv_extent *e); /* forgets all pins; e is in no list after it */
+void mkv_pins_expire(struct mkv_ns *ns, uint64_t max);
+
+/* --- table.c --- */
+int mkv_ns_room(struct mkv_ns *ns, const uint8_t key[16]);           /* as mkv_index_room */
+void mkv_ns_insert(struct mkv_ns *ns, const struct mkv_slot *entry); /* after mkv_ns_room said 0 */
+void mkv_ns_remove(struct mkv_ns *ns, const uint8_t key[16]);
+void mkv_tables_tick(struct mkv_ns *ns);
+int mkv_table_wanted(const struct mkv_ns *ns);
+
+/* --- tick.c --- */
+uint32_t mkv_chores_locked(struct mkv_ns *ns);
+
+/* --- namespace.c --- */
+struct mkv_extent *mkv_ns_find(struct mkv_ns *ns, const uint8_t key[16]);
+
+#endif

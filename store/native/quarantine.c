@@ -1,0 +1,99 @@
+/* quarantine.c: taking blocks away from under their readers. Theory of operation.
+ *
+ * A peer copies a block out of this node's memory by one RDMA READ. No lock of ours can hold it off, nothing
+ * tells us that it is reading, and the bytes that arrive may have been sampled in any order over any part of
+ * the time between its posting the READ and seeing it complete. Still, what it takes for block K must be
+ * block K. Here is why it is.
+ *
+ * The rules
+ * ---------
+ * Unpublishing (evicting, deleting, retiring a slab) zeroes the live line's generation, then empties the
+ * slot, and then *leaves the extent alone*: it joins a queue and its bytes stay as they are until the
+ * namespace's epoch has advanced by five ticks. Ticks are at least a quarter of the grace period G apart,
+ * measured from the end of one to the start of the next (arena.c). The first of the five may come at any
+ * moment after the unpublishing, the other four each take G/4: at least G of real time passes.
+ *
+ * The reader accepts the payload only if, in the same READ, the live line carried the key, length and
+ * generation that it expected, and less than G/2 passed from just before the posting to just after the
+ * completion.
+ *
+ * The argument
+ * ------------
+ * Let the reader post at p, and let it expect generation g, which it learned from a slot or was told.
+ *
+ * 1. Nobody learns g before the block is published, and the payload is complete before that. So from p on,
+ * until the extent is freed and filled again, the bytes are those of the block.
+ * 2. A generation is never used twice. If the READ brought g, then at some moment s after p, when the line
+ * was sampled, the generation had not been zeroed yet. So whoever unpublished the block did it after s, hence
+ * after p.
+ * 3. From then on the bytes stay for at least G: the extent is not filled again before p + G.
+ * 4. The reader saw the READ complete before p + G/2, so that is when the last byte had been sampled.
+ *
+ * Every byte was thus sampled between p and p + G/2, and from p to p + G the bytes are those of the block,
+ * whatever the order of the samples. The other half of G is for what the two clocks do not see: the time
+ * until a store of ours reaches memory as the NIC sees it, clocks that run a little apart.
+ *
+ * Nothing in this depends on the order in which the NIC reads a cache line or a payload, on the order in
+ * which PCIe delivers, or on sizes. There is no version per cache line and no second READ.
+ *
+ * The four premises, each of which somebody will be tempted to break
+ * ------------------------------------------------------------------
+ * (a) Nothing writes to an extent between its publication and the end of its quarantine. Not a receive that
+ * is still under way when the put gives up (a put ends only when no device can write any more), not a repair
+ * of the checksum, not a flag in the header page. The generation is the one exception. (b) A live line
+ * appears by a store of this CPU, after the fill has completed, and by nothing else: no DMA brings one along,
+ * and flash is read into the payload only. A generation is never one that was stored before. (c) The reader's
+ * clock counts real time. It stands still in a virtual machine that is paused or migrated. So each index
+ * region has an epoch line, and a *strict* reader needs no clock: it knows epoch e before it posts and reads
+ *     the line again after the last completion. If the epoch is at most e + 3, no extent that was live after
+ * the posting has been released, since that takes five ticks and the tick advances the epoch *before* it
+ * releases. Two spare ticks, for the same reasons as the other half of G. (d) The place of a live line never
+ * becomes payload, or a payload could contain what looks like a live line. Within a slab the extents have one
+ * size for ever; to change it the slab is retired, zeroed and given a new id (retire.c).
+ *
+ * Who writes, who reads
+ * ---------------------
+ * live line    writer: this node, under the namespace's lock (fill.c publishes, this file unpublishes).
+ * Reader: peers. A stale line, sampled live just before it was zeroed, is what quarantine is for. slot
+ * writer: index.c, under the lock. Reader: peers. A stale slot leads to a line that does not agree, or to a
+ * slab id that exists no more. epoch line   writer: the tick. Reader: strict peers. A stale epoch read
+ * *before* makes e smaller and the check stricter; one read *after* is late by less than the two spare ticks.
+ * extent       (the struct) is this node's own memory and guarded by the lock.
+ */
+#include "list.h"
+
+/* Takes a live block out of sight and puts its extent into quarantine (or, in a slab that is being retired,
+ * leaves it dead: then the slab is in quarantine as a whole). */
+void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e) {
+    struct mkv_slab *s = mkv_slab_of(ns, e);
+    struct mkv_class *c = s->cls;
+
+    __atomic_store_n(&mkv_extent_line(s, e)->generation, 0, __ATOMIC_RELEASE);
+    mkv_ns_remove(ns, e->key);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* out of the store buffer before the clock starts to run */
+
+    if (e->pins)
+        mkv_pin_drop(ns, e);
+    else
+        mkv_sieve_remove(&c->sieve, e);
+    s->live--;
+    ns->n.blocks--;
+    ns->n.bytes -= e->length;
+    if (s->state != MKV_SLAB_READY) {
+        e->state = MKV_EXTENT_DEAD;
+        return;
+    }
+    e->state = MKV_EXTENT_QUARANTINE;
+    e->until = ns->epoch + MKV_GRACE_TICKS;
+    mkv_list_push_tail(&c->quarantine, e);
+}
+
+/* Frees what has served its time. The tick calls it after it has advanced the epoch. */
+void mkv_quarantine_release(struct mkv_ns *ns, struct mkv_class *c) {
+    while (c->quarantine.head && c->quarantine.head->until <= ns->epoch) {
+        struct mkv_extent *e = c->quarantine.head;
+        mkv_list_unlink(&c->quarantine, e);
+        e->state = MKV_EXTENT_FREE;
+        mkv_list_push_head(&c->free, e);
+    }
+}

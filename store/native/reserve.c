@@ -1,0 +1,114 @@
+/* reserve.c: evicting ahead of need, so that a put seldom has to wait for a quarantine.
+ *
+ * An evicted extent is of use only a grace period later. Each class therefore keeps some extents free or on
+ * their way to being free: as many as are filled, at the recent rate, while an extent passes through
+ * quarantine; at least one, and at most half of the class, for a block that is evicted too early is a block
+ * lost.
+ *
+ * Eviction begins when the arena has no more slabs. Until then the same measure says when to ask for another
+ * slab.
+ */
+#include "list.h"
+
+#include "arena.h"
+
+#define RESERVE_TICKS  (MKV_GRACE_TICKS + 1) /* the quarantine, and the tick in which the need arises */
+#define EVICT_PER_TAKE 2    /* a put pays for itself and works off a deficit, but not all at once */
+#define EVICT_PER_TICK 4096 /* the lock is held meanwhile */
+
+/* Whether extents can come from a slab rather than from an eviction. */
+int mkv_class_may_grow(struct mkv_ns *ns, const struct mkv_class *c) {
+    return c->coming || mkv_arena_free_slabs(ns->arena);
+}
+
+/* How many extents the class should have free or nearly so. What was asked for in this tick already counts in
+ * full, so that a burst is met at once. */
+uint64_t mkv_class_need(const struct mkv_class *c) {
+    uint64_t rate16 = c->rate16 > 16 * c->taken ? c->rate16 : 16 * c->taken;
+    uint64_t need = (rate16 * RESERVE_TICKS + 15) / 16;
+    return need ? need : 1;
+}
+
+static uint64_t reserve(const struct mkv_class *c) {
+    uint64_t need = mkv_class_need(c);
+    return need < c->extents / 2 ? need : c->extents / 2;
+}
+
+static void ask_for_slab(struct mkv_ns *ns, struct mkv_class *c) {
+    if (c->wants || c->coming)
+        return;
+    c->wants = 1;
+    if (mkv_arena_free_slabs(ns->arena))
+        mkv_arena_signal(ns->arena);
+}
+
+static int evict_one(struct mkv_ns *ns, struct mkv_class *c) {
+    struct mkv_extent *e = mkv_sieve_victim(&c->sieve);
+    if (!e)
+        return 0;
+    ns->n.evictions++;
+    ns->n.evicted_bytes += e->length;
+    mkv_unpublish(ns, e);
+    return 1;
+}
+
+static void evict_ahead(struct mkv_ns *ns, struct mkv_class *c, unsigned max) {
+    uint64_t want = reserve(c);
+    while (max-- && c->free.count + c->quarantine.count < want && evict_one(ns, c))
+        ;
+}
+
+/* A free extent of the class, or NULL. Either way it sees to it that there will be more. */
+static struct mkv_extent *take(struct mkv_ns *ns, struct mkv_class *c) {
+    struct mkv_extent *e = c->free.head;
+    c->taken++;
+    if (e)
+        mkv_list_unlink(&c->free, e);
+    if (mkv_class_may_grow(ns, c)) {
+        if (c->free.count < mkv_class_need(c))
+            ask_for_slab(ns, c);
+        return e;
+    }
+    evict_ahead(ns, c, EVICT_PER_TAKE);
+    if (!e) { /* the reserve was too small: one more, unless half of the class is on its way already */
+        if (c->quarantine.count < c->extents / 2 || !c->quarantine.count)
+            evict_one(ns, c);
+        ask_for_slab(ns, c); /* in case one comes free */
+    }
+    return e;
+}
+
+/* An extent for a payload of class c. Where that has no slab and can get none, a larger class helps out: to
+ * retire a slab for the sake of a few odd blocks would cost more than the space that they waste. */
+struct mkv_extent *mkv_extent_take(struct mkv_ns *ns, struct mkv_class *c) {
+    c->asked++;
+    struct mkv_extent *e = take(ns, c);
+    if (!e && !mkv_class_may_grow(ns, c)) {
+        mkv_rebalance(ns, c);
+        if (!c->slabs)
+            for (struct mkv_class *larger = c; !e && larger-- > ns->cls;)
+                if (larger->slabs)
+                    e = take(ns, larger);
+    }
+    return e;
+}
+
+/* Once per tick: what was asked for becomes the rate, rising fast and falling slowly. */
+void mkv_class_tick(struct mkv_ns *ns, struct mkv_class *c) {
+    uint64_t now16 = 16 * c->taken, now256 = 256 * c->asked;
+    if (now16 > c->rate16)
+        c->rate16 += (now16 - c->rate16 + 1) / 2;
+    else
+        c->rate16 -= (c->rate16 - now16 + 7) / 8;
+    if (now256 > c->demand256)
+        c->demand256 += (now256 - c->demand256 + 31) / 32;
+    else
+        c->demand256 -= (c->demand256 - now256 + 31) / 32;
+    c->taken = c->asked = 0;
+    if (!c->extents)
+        return;
+    if (!mkv_class_may_grow(ns, c))
+        evict_ahead(ns, c, EVICT_PER_TICK);
+    else if (c->free.count + c->quarantine.count < mkv_class_need(c))
+        ask_for_slab(ns, c);
+}
