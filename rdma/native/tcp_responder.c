@@ -37,9 +37,11 @@
 #define OUT_BYTES   (64u << 10)  /* holds several small responses, at least two of the largest */
 #define TURN_BYTES  (512u << 10) /* a socket's share before the next one's turn */
 #define DISCARD_MAX (1u << 20)   /* bytes swallowed behind a refused request */
-#define EVENTS      64
-#define HEAD        sizeof(struct mkv_tcp_header)
-#define TAIL        sizeof(struct mkv_tcp_trailer)
+#define JOIN_MAX    (96u << 10) /* a body up to this waits for its trailer in the kernel; longer, it is slower \
+                                 */
+#define EVENTS 64
+#define HEAD   sizeof(struct mkv_tcp_header)
+#define TAIL   sizeof(struct mkv_tcp_trailer)
 
 _Static_assert(OUT_BYTES >= 2 * (HEAD + MKV_TCP_COPY_MAX + TAIL), "no room for small responses");
 
@@ -222,13 +224,16 @@ static ssize_t conn_send(struct mkv_tcp_responder *r, struct conn *c, uint32_t s
     uint32_t out_left = c->out_len - c->out_at;
     struct iovec iov[2] = {{c->out + c->out_at, out_left}};
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = 1};
+    int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
     uint64_t before = 0;
     if (c->body_region) {
+        if (c->body_left <= JOIN_MAX)
+            flags |= MSG_MORE;
         iov[1] = (struct iovec){(void *)c->body, c->body_left < share ? c->body_left : share};
         msg.msg_iovlen = 2;
         before = mkv_now_ns();
     }
-    ssize_t n = sendmsg(c->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    ssize_t n = sendmsg(c->fd, &msg, flags);
     COUNT(r, sends, 1);
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
         c->can_send = false; /* room is a new edge */
