@@ -8,8 +8,15 @@
 vm_dir='' vm_pids=()
 
 vm_cleanup() {
-    [ ${#vm_pids[@]} = 0 ] || kill "${vm_pids[@]}" 2>/dev/null || :
-    vm_pids=()
+    if [ ${#vm_pids[@]} != 0 ]; then
+        kill "${vm_pids[@]}" 2>/dev/null || :
+        for _ in {1..20}; do
+            kill -0 "${vm_pids[@]}" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "${vm_pids[@]}" 2>/dev/null || :
+        vm_pids=()
+    fi
     [ -z "$vm_dir" ] || rm -rf "$vm_dir"
     vm_dir=''
 }
@@ -18,7 +25,7 @@ run_in_vm() {
     local accelerator=$1 out='' status=0 qemu reader_out reader_err ended=''
     shift
     [ "$accelerator" != tcg ] || accelerator=tcg,thread=multi
-    vm_dir=$(mktemp -d)
+    vm_dir=$(mktemp -d -t memkv.XXXXXX)
     [ -z "${MEMKV_SOFTROCE_OUT:-}" ] || { mkdir -p "$MEMKV_SOFTROCE_OUT"; out=$(cd "$MEMKV_SOFTROCE_OUT" && pwd -P); }
     mkdir "$vm_dir/job"
     vm_settings "$out" > "$vm_dir/job/settings"
