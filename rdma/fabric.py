@@ -143,6 +143,12 @@ class Domain(ABC):
         self._next_id = 1
         self._lock = threading.Lock()
 
+    def reserve_id(self) -> int:
+        """An id that :meth:`register` will not give out by itself."""
+        with self._lock:
+            self._next_id += 1
+            return self._next_id - 1
+
     def register(
         self,
         address: int,
@@ -155,16 +161,14 @@ class Domain(ABC):
         """Registers ``length`` bytes at ``address``, either for READs of ours to land in or, with ``remote_read``,
         for the other side to READ.
 
-        :param region_id: the id to use (below 2²¹); by default the next free one.
+        :param region_id: the id to use (below 2²¹), the caller's to keep apart; by default the next one.
         :raises DeviceError: the kernel refuses (memlock, an address that is not mapped).
         """
         if length <= 0 or address <= 0:
             raise LocalError("an empty buffer cannot be registered")
         access = REMOTE_READ if remote_read else LOCAL_WRITE
-        with self._lock:
-            if region_id is None:
-                region_id = self._next_id
-            self._next_id = max(self._next_id, region_id + 1)
+        if region_id is None:
+            region_id = self.reserve_id()
         handles, keys, secret = self._register(address, length, access)
         self.table.set(region_id, length, access, address, secret, keys)
         rails = tuple((iova, rkey) for iova, _, rkey in keys)

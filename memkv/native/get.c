@@ -332,10 +332,12 @@ static void read_done(struct mkv_getjob *g, const struct mkv_done *d) {
     struct mkv_flight *fl = &g->flights[f];
     if (!fl->posted_ns)
         fl->posted_ns = d->posted_ns;
-    fl->broken |= d->status != 0;
+    fl->broken |= d->status && d->status != -ENOENT;
     if (--fl->reads_left)
         return;
-    if (fl->broken)
+    if (d->status == -ENOENT && !fl->broken) /* its slab or table was withdrawn while the READ was queued */
+        failed(g, f);
+    else if (fl->broken)
         land(g, f, why_ended(g, d->done_ns));
     else if (fl->phase == LOOKUP)
         lookup_done(g, f);

@@ -38,6 +38,7 @@ struct entry {
     uint64_t last_seq; /* of the newest work request posted for it */
     uint32_t length;
     uint32_t sent;
+    int32_t status; /* why it was never posted (whole), or 0 */
 };
 
 struct rail {
@@ -150,6 +151,7 @@ static int verbs_post(struct mkv_channel *ch, const struct mkv_read *r) {
     e->read = *r;
     e->length = (uint32_t)length;
     e->sent = 0;
+    e->status = 0;
     rail->load += length;
     ch->busy++;
     return 0;
@@ -180,22 +182,28 @@ static int scatter(const struct mkv_channel *ch, const struct rail *rail, const 
     return n;
 }
 
+/* Posts a signalled READ of nothing, whose completion says that all requests before it are over. */
+static void post_marker(struct rail *rail) {
+    struct ibv_send_wr *bad,
+        marker = {.wr_id = rail->seq_posted + 1, .opcode = IBV_WR_RDMA_READ, .send_flags = IBV_SEND_SIGNALED};
+    if (ibv_post_send(rail->qp, &marker, &bad))
+        return;
+    rail->seq_posted++;
+    rail->signalled++;
+    rail->quiet_wrs = rail->quiet_bytes = 0;
+}
+
 /* Takes every queue pair to the error state, where what is under way gets flushed. A completion is only owed
- * for signalled requests and failed ones, so a last request follows, itself flushed, whose completion says
- * that all before it are over. */
+ * for signalled requests and for failed ones, hence the marker. */
 static void fail(struct verbs_channel *c, int err) {
     struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
     if (c->ch.broken)
         return;
     c->ch.broken = err;
     for (uint32_t i = 0; i < c->nrails; i++) {
-        struct rail *rail = &c->rail[i];
-        struct ibv_send_wr *bad, last = {.wr_id = rail->seq_posted + 1,
-                                         .opcode = IBV_WR_RDMA_READ,
-                                         .send_flags = IBV_SEND_SIGNALED};
-        verbs_lib.modify_qp(rail->qp, &attr, IBV_QP_STATE);
-        if (rail->seq_done != rail->seq_posted && !ibv_post_send(rail->qp, &last, &bad))
-            rail->seq_posted++;
+        verbs_lib.modify_qp(c->rail[i].qp, &attr, IBV_QP_STATE);
+        if (c->rail[i].seq_done != c->rail[i].seq_posted)
+            post_marker(&c->rail[i]);
     }
 }
 
@@ -215,8 +223,15 @@ static int build(struct verbs_channel *c, struct rail *rail, uint64_t now, struc
     uint32_t left = e->length - e->sent;
     uint32_t part = left < rail->max_msg ? left : (uint32_t)rail->max_msg;
     int nsge = remote ? scatter(ch, rail, e, e->sent, part, sge) : -1;
-    if (nsge < 0)
+    if (nsge < 0) {
+        e->status = -ENOENT;
+        if (!e->sent)
+            e->posted_ns = now, ch->wire_bytes += e->length;
+        e->sent = e->length;
+        e->last_seq = rail->seq_posted;
+        rail->next++;
         return -1;
+    }
     *wr = (struct ibv_send_wr){
         .wr_id = ++rail->seq_posted,
         .sg_list = sge,
@@ -251,10 +266,13 @@ static void push(struct verbs_channel *c, struct rail *rail) {
     while (!c->ch.broken && rail->next != rail->tail) {
         uint64_t now = mkv_now_ns();
         uint32_t n = 0;
-        int built = 1;
         while (n < LINK_MAX_WR && rail->next != rail->tail &&
-               rail->seq_posted - rail->seq_done < rail->sq_depth &&
-               (built = build(c, rail, now, &wr[n], sge[n])) > 0) {
+               rail->seq_posted - rail->seq_done < rail->sq_depth) {
+            int built = build(c, rail, now, &wr[n], sge[n]);
+            if (!built)
+                break;
+            if (built < 0)
+                continue;
             if (rail->quiet_wrs >= SIGNAL_WRS || rail->quiet_bytes >= SIGNAL_BYTES)
                 signal_request(rail, &wr[n]);
             if (n)
@@ -264,19 +282,19 @@ static void push(struct verbs_channel *c, struct rail *rail) {
         /* The newest request must be signalled if nothing later will be, or nothing earlier is. */
         if (n && rail->quiet_wrs && (rail->next == rail->tail || !rail->signalled))
             signal_request(rail, &wr[n - 1]);
-        if (n) {
-            c->ch.doorbells++;
-            if (ibv_post_send(rail->qp, wr, &bad)) {
-                /* What lies before `bad` is posted and will be flushed; the rest never was. */
-                rail->seq_posted = (bad ? bad : wr)->wr_id - 1;
-                rail->seq_failed = rail->seq_posted + 1;
-                fail(c, rail->fail_status = -EIO);
-            }
-        }
-        if (built < 0) /* a region was withdrawn under a job: its owner broke its promise */
-            fail(c, -ENOENT);
-        if (!n)
+        if (!n) { /* all queued ones turned out withdrawn: nobody else will signal for what was posted before
+                   */
+            if (rail->quiet_wrs && rail->next == rail->tail && !rail->signalled)
+                post_marker(rail);
             return;
+        }
+        c->ch.doorbells++;
+        if (ibv_post_send(rail->qp, wr, &bad)) {
+            /* What lies before `bad` is posted and will be flushed; the rest never was. */
+            rail->seq_posted = (bad ? bad : wr)->wr_id - 1;
+            rail->seq_failed = rail->seq_posted + 1;
+            fail(c, rail->fail_status = -EIO);
+        }
     }
 }
 
@@ -330,7 +348,7 @@ static void take_completions(struct verbs_channel *c, struct rail *rail) {
 /* What became of the READ at the head of a rail: 1 and a status, or 0 if the device may still have it. */
 static int over(struct verbs_channel *c, struct rail *rail, const struct entry *e, int32_t *status) {
     int complete = e->sent && e->last_seq <= rail->seq_done;
-    *status = 0;
+    *status = e->status;
     if (!c->ch.broken)
         return complete && e->sent == e->length;
     if (e->sent && !complete && rail->seq_done != rail->seq_posted)

@@ -1,0 +1,1 @@
+"""Memory that applications bring: where it lies, and whether a fabric can reach it."""

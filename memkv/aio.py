@@ -1,0 +1,74 @@
+"""The peer for asyncio: the same calls, awaited. A batch makes progress on a C thread, whatever the event loop does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .batches import Batch, as_keys
+from .buffers import Slices
+from .rdma.errors import LocalError
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+T = TypeVar("T")
+Statuses = npt.NDArray[np.uint8]
+
+
+class AsyncPeer:
+    """``peer.aio``: coroutines that mean what their namesakes of :class:`memkv.Peer` mean.
+
+    Cancelling one does not cancel the batch: its slices are in use until its deadline at most.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    async def _on_control(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.shield(
+            asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._peer.loop))
+        )
+
+    async def get_into(
+        self, keys: Any, slices: Slices, *, timeout: float | None = None, checksum: bool | None = None
+    ) -> Statuses:
+        if self._peer._closed:
+            raise LocalError("the peer is closed")
+        verify = self._peer.checksum if checksum is None else checksum
+        batch = Batch(as_keys(keys), slices, verify, False)
+        return (await self._on_control(self._peer._run_async(batch, timeout))).status
+
+    async def put_from(
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        durability: str = "memory",
+        checksums: npt.NDArray[np.uint64] | None = None,
+    ) -> Statuses:
+        t = self._peer.timeout if timeout is None else timeout
+        return await self._on_control(self._peer._put(as_keys(keys), slices, t, durability, checksums))
+
+    async def match(self, keys: Any, *, timeout: float | None = None) -> int:
+        return await asyncio.to_thread(self._peer.match, keys, timeout=timeout)
+
+    async def exists(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        return await asyncio.to_thread(self._peer.exists, keys, timeout=timeout)
+
+    async def touch(self, keys: Any) -> None:
+        await self._on_control(self._peer._touch(as_keys(keys)))
+
+    async def pin(self, keys: Any, ttl: float, *, timeout: float | None = None) -> Statuses:
+        return await asyncio.to_thread(self._peer.pin, keys, ttl, timeout=timeout)
+
+    async def unpin(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        return await asyncio.to_thread(self._peer.unpin, keys, timeout=timeout)
+
+    async def delete(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        return await asyncio.to_thread(self._peer.delete, keys, timeout=timeout)

@@ -1,0 +1,106 @@
+"""One batch of keys over the nodes that hold them: who gets which keys, one C job per node, one array of statuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .channels import ReadChannel
+from .native._peer import ffi
+from .rdma.errors import LocalError
+from .session import Session
+from .status import Status
+
+Keys = npt.NDArray[np.uint8]
+Index = npt.NDArray[np.uint32] | None
+
+
+def as_keys(keys: Any) -> Keys:
+    """Keys as a C-contiguous (n, 16) array of bytes, without copying one that is so already.
+
+    :param keys: such an array, or a sequence of 16-byte strings.
+    """
+    if not isinstance(keys, np.ndarray):
+        keys = list(keys)
+        if any(len(k) != 16 for k in keys):
+            raise LocalError("a key has 16 bytes", "memkv.keys makes them")
+        keys = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)
+    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 16:
+        raise LocalError(f"keys are an array of shape (n, 16) and dtype uint8, not {keys.shape} {keys.dtype}")
+    return np.ascontiguousarray(keys)
+
+
+def _pointer(kind: str, array: npt.NDArray[Any] | None) -> Any:
+    return ffi.NULL if array is None else ffi.cast(kind, ffi.from_buffer(array))
+
+
+class Batch:
+    """Keys, where they go, and what became of them.
+
+    :param slices: dtype SLICE, one per key; None: only look the keys up.
+    :param checksum: verify payload checksums. :param fresh: do not trust the location cache.
+    """
+
+    __slots__ = ("checksum", "elapsed_us", "fresh", "keys", "lengths", "slices", "status", "under_way")
+
+    def __init__(self, keys: Keys, slices: Any, checksum: bool, fresh: bool, timed: bool = False) -> None:
+        n = len(keys)
+        if slices is not None and (len(slices) != n or not slices.flags.c_contiguous):
+            raise LocalError(f"{n} keys need as many slices, contiguous, not {len(slices)}", "Buffer.slices")
+        self.keys = keys
+        self.slices = slices
+        self.checksum = checksum
+        self.fresh = fresh
+        self.status = np.zeros(n, np.uint8)
+        self.lengths = np.zeros(n, np.uint32)
+        self.elapsed_us = np.zeros(n, np.uint32) if timed else None
+        self.under_way: list[tuple[Session, ReadChannel, Index]] = []
+
+    def load(self, session: Session, channel: ReadChannel, index: Index, timeout: float) -> Any:
+        """Puts the keys at ``index`` (None: all) on a channel; the C job, ready to be driven."""
+        n = len(self.keys) if index is None else len(index)
+        job = channel.job
+        strict = np.zeros(3 * n, np.uint32) if channel.view.strict else None
+        job.keys = _pointer("const uint8_t *", self.keys)
+        job.index = _pointer("const uint32_t *", index)
+        job.slices = _pointer("const struct mkv_slice *", self.slices)
+        job.status = _pointer("uint8_t *", self.status)
+        job.lengths = _pointer("uint32_t *", self.lengths)
+        job.elapsed_us = _pointer("uint32_t *", self.elapsed_us)
+        job.strict_scratch = _pointer("uint32_t *", strict)
+        job.n = n
+        job.checksum = self.checksum
+        job.fresh = self.fresh
+        channel.keep = (self, index, strict)
+        channel.start(timeout)
+        self.under_way.append((session, channel, index))
+        return job
+
+    def set(self, index: Index, status: Status) -> None:
+        """Gives all keys at ``index`` a status."""
+        self.status[slice(None) if index is None else index] = status
+
+    def unload(self) -> list[tuple[Session, Index]]:
+        """Gives the channels back after their jobs are done. What is left PENDING met a slab that is not known yet:
+        those come back, to be loaded again once the session has been refreshed."""
+        again: list[tuple[Session, Index]] = []
+        for session, channel, index in self.under_way:
+            job = channel.job
+            undrained, unknown = job.job.undrained, job.unknown
+            session.pool.give_back(channel)  # destroys it if it is broken: from here nothing can write
+            if undrained:
+                self._replace_pending(index, Status.TIMEOUT)
+            elif unknown:
+                mine = np.flatnonzero(self.status == Status.PENDING) if index is None else index[self.status[index] == 0]
+                again.append((session, mine.astype(np.uint32)))
+            elif session.view.table_changed and session.closed is None:
+                session.view.table_changed = 0
+                session.loop.call_soon_threadsafe(session.refresh_soon)
+        self.under_way.clear()
+        return again
+
+    def _replace_pending(self, index: Index, status: Status) -> None:
+        where = np.arange(len(self.status)) if index is None else index
+        self.status[where[self.status[where] == Status.PENDING]] = status

@@ -1,0 +1,61 @@
+"""Buffers that an application has registered, and the slices of them that blocks go to or come from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .gpudirect.buffers import Memory
+from .rdma.errors import LocalError
+from .rdma.fabric import Region
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+SLICE = np.dtype([("offset", "<u8"), ("region", "<u4"), ("length", "<u4")])
+Slices = npt.NDArray[np.void]
+
+
+class Buffer:
+    """Memory known to a peer. Made by :meth:`memkv.Peer.register`; stays registered until :meth:`close`.
+
+    Two regions lie over it: one that READs of gets may land in, which nobody else can reach, and one that nodes
+    may READ puts from, into which nothing can be written.
+    """
+
+    def __init__(self, peer: Peer, memory: Memory, into: Region | None, out: Region) -> None:
+        self.peer = peer
+        self.memory = memory
+        self.id = out.id
+        self.nbytes = memory.nbytes
+        self._into = into
+        self._out = out
+
+    @property
+    def desc(self) -> Any:
+        """What nodes need in order to pull from it."""
+        return self._out.desc
+
+    def slices(self, offsets: npt.ArrayLike, lengths: npt.ArrayLike) -> Slices:
+        """Slices of this buffer, dtype :data:`SLICE`, shape (n,).
+
+        :param offsets: bytes from the start of the buffer. :param lengths: bytes; one for all, or one each.
+        :raises LocalError: a slice is not inside the buffer.
+        """
+        start = np.atleast_1d(np.asarray(offsets, dtype=np.uint64))
+        size = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), start.shape)
+        if start.size and int((start + size).max()) > self.nbytes:
+            raise LocalError(f"a slice ends beyond the buffer's {self.nbytes} bytes")
+        out = np.empty(start.shape, SLICE)
+        out["offset"], out["region"], out["length"] = start, self.id, size
+        return out
+
+    def split(self, block_bytes: int) -> Slices:
+        """The whole buffer as slices of ``block_bytes``, as many as fit."""
+        return self.slices(np.arange(self.nbytes // block_bytes, dtype=np.uint64) * block_bytes, block_bytes)
+
+    def close(self) -> None:
+        """Withdraws the buffer: waits for batches under way, and for the nodes to have let go of it."""
+        self.peer._unregister(self)

@@ -1,0 +1,611 @@
+"""The peer: what an inference engine holds to find, fetch and keep blocks.
+
+Gets run on the caller's own thread, in C, without the GIL; nothing of the node's CPU is involved. Control (connecting,
+puts, pins, notices) and asynchronous batches live on one background thread with an asyncio loop. All methods may be
+called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .aio import AsyncPeer
+from .batches import Batch, Index, Keys, as_keys
+from .buffers import Buffer, Slices
+from .channels import ReadChannel
+from .fabrics import choose_fabric
+from .gpudirect.buffers import resolve
+from .link import Link
+from .placement import Placement
+from .puts import put_part
+from .rdma.errors import DeadlineError, LocalError, MemKVError
+from .rdma.fabric import Fabric
+from .rdma.jobs import Loop, run
+from .session import Session, Settings
+from .status import Status
+from .store import messages as m
+from .tickets import Ticket
+from .touches import Touches
+from .wire import to_region
+
+log = logging.getLogger("memkv.peer")
+
+T = TypeVar("T")
+Statuses = npt.NDArray[np.uint8]
+
+GALLOP = (16, 64, 256)  # keys looked up one-sidedly before match asks the nodes
+MESSAGE_KEYS = 16384
+DEFAULT_PORT = 7420
+
+
+def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None) -> bytes:
+    """The shared secret: given, from a file, or from the environment variable MEMKV_SECRET; else empty."""
+    if secret is not None:
+        return secret.encode() if isinstance(secret, str) else secret
+    if file is not None:
+        with open(file, "rb") as f:
+            return f.read().strip()
+    return os.environ.get("MEMKV_SECRET", "").encode()
+
+
+class Peer:
+    """A connection to one or more nodes, for one namespace. Use :func:`memkv.connect`."""
+
+    def __init__(
+        self,
+        nodes: str | Sequence[str],
+        namespace: str,
+        *,
+        secret: bytes | str | None = None,
+        secret_file: str | os.PathLike[str] | None = None,
+        create: bool = True,
+        block_bytes: int = 0,
+        align: int = 0,
+        grace: float = 0.0,
+        strict: bool | None = None,
+        checksum: bool = False,
+        fabric: str = "auto",
+        devices: Sequence[str] = (),
+        ib_port: int | None = None,
+        gid_index: int | None = None,
+        max_msg: int = 0,
+        timeout: float = 5.0,
+        cache_entries: int = 1 << 16,
+        max_channels: int = 4,
+        auto_touch: bool = True,
+    ) -> None:
+        names = [nodes] if isinstance(nodes, str) else list(nodes)
+        names = [n if n.rpartition(":")[2].isdigit() else f"{n}:{DEFAULT_PORT}" for n in names]
+        if not names or len(set(names)) != len(names):
+            raise LocalError("nodes: at least one, each once")
+        self.namespace = namespace
+        self.timeout = timeout
+        self.checksum = checksum
+        self.fabric: Fabric | None = None
+        self._fabric_wish: dict[str, Any] = {
+            "demanded": fabric,
+            "devices": devices,
+            "ib_port": ib_port,
+            "gid_index": gid_index,
+            "max_msg": max_msg,
+        }
+        settings = Settings(
+            namespace=namespace,
+            secret=read_secret(secret, secret_file),
+            create=create,
+            block_bytes=block_bytes,
+            align=align,
+            grace_ms=round(grace * 1000),
+            strict=strict,
+            cache_entries=cache_entries,
+            max_channels=max_channels,
+            timeout=timeout,
+        )
+        self._placement = Placement(names)
+        self._links = [Link(name, settings, self._attach) for name in names]
+        self._buffers: dict[int, Buffer] = {}
+        self._closed = False
+        self._tickets: deque[Ticket] = deque()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._progress = Loop()
+        self.loop = asyncio.new_event_loop()
+        self.aio = AsyncPeer(self)
+        self._touches = Touches(self.loop) if auto_touch else None
+        self._thread = threading.Thread(target=self._control, name="memkv-control", daemon=True)
+        self._thread.start()
+        try:
+            self._call(self._connect(), timeout * 2 + 5)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the control thread ---
+
+    def _control(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.add_reader(self._progress.fd, self._reap_jobs)
+        self.loop.run_forever()
+        self.loop.remove_reader(self._progress.fd)
+        self.loop.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
+        """Runs a coroutine on the control thread and waits for it."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise LocalError("a blocking call from a callback of memkv itself", "use peer.aio")
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+    def _reap_jobs(self) -> None:
+        for future in self._progress.reap():
+            if not future.done():
+                future.set_result(None)
+
+    async def _connect(self) -> None:
+        errors = await asyncio.gather(*(link.connect() for link in self._links), return_exceptions=True)
+        failures = [e for e in errors if isinstance(e, BaseException)]
+        for link, error in zip(self._links, errors, strict=True):
+            if isinstance(error, MemKVError):
+                link.error = error
+                log.warning("%s: %s", link.address, error)
+        if len(failures) == len(self._links):
+            raise failures[0]
+        for link in self._links:
+            link.keep()
+
+    async def _attach(self, session: Session) -> None:
+        assert session.welcome is not None
+        local = session.writer.get_extra_info("sockname")[0]
+        if self.fabric is None:
+            self.fabric = choose_fabric(session.welcome.fabrics, local, **self._fabric_wish)
+            self._get_domain = self.fabric.domain()
+            self._put_domain = self.fabric.domain()
+        elif self.fabric.name not in session.welcome.fabrics:
+            raise MemKVError(
+                f"this node offers {session.welcome.fabrics}, the others are used over {self.fabric.name}",
+                "all nodes of a cluster need one fabric: memkv-node serve --fabric",
+            )
+        regions = [to_region(b.desc) for b in self._buffers.values()]
+        await session.attach(self._get_domain, self._put_domain, regions)
+
+    # --- buffers ---
+
+    def register(self, buffer: Any) -> Buffer:
+        """Registers memory for gets and puts.
+
+        :param buffer: anything with the buffer protocol, or ``(pointer, size in bytes)``; it must stay where it is until
+            the :class:`Buffer` is closed. A read-only one can only be put from.
+        :raises LocalError: not usable memory. :raises DeviceError: the kernel refuses (memlock).
+        """
+        memory = resolve(buffer)
+        into = None
+        if memory.writable:
+            into = self._get_domain.register(memory.address, memory.nbytes, owner=memory.owner)
+        id = into.id if into else self._get_domain.reserve_id()
+        try:
+            out = self._put_domain.register(
+                memory.address, memory.nbytes, remote_read=True, owner=memory.owner, region_id=id
+            )
+        except BaseException:
+            if into:
+                into.close()
+            raise
+        handle = Buffer(self, memory, into, out)
+        self._buffers[id] = handle
+        self._call(self._tell_all(lambda s: s.offer([handle.desc])), self.timeout + 1)
+        return handle
+
+    def _unregister(self, handle: Buffer) -> None:
+        if self._buffers.pop(handle.id, None) is None:
+            return
+        if not self._closed:
+            ids = np.array([handle.id], "<u4").tobytes()
+            self._call(self._let_go(ids), self.timeout * 2 + 1)
+        for region in (handle._into, handle._out):
+            if region is not None:
+                region.close()
+
+    async def _let_go(self, ids: bytes) -> None:
+        await self._tell_all(lambda s: s.ask(lambda r: m.WithdrawRegions(r, ids)), fatal=True)
+        for session in self._sessions():
+            await session.pool.quiesce()
+
+    async def _tell_all(self, action: Any, fatal: bool = False) -> None:
+        """Does ``action(session)`` for all that are up. One that fails loses its session if that is ``fatal``; else it
+        is only logged: the next session is told everything anew."""
+        sessions = self._sessions()
+        for session, error in zip(
+            sessions, await asyncio.gather(*map(action, sessions), return_exceptions=True), strict=True
+        ):
+            if isinstance(error, MemKVError):
+                log.warning("%s: %s", session.host, error)
+                if fatal:
+                    session.fail(error)
+            elif isinstance(error, BaseException):
+                raise error
+
+    def _sessions(self) -> list[Session]:
+        return [link.session for link in self._links if link.session is not None]
+
+    # --- finding ---
+
+    def _parts(self, keys: Keys) -> list[tuple[Link, Index]]:
+        if len(self._links) == 1:
+            return [(self._links[0], None)]
+        nodes = self._placement.nodes(keys)
+        return [
+            (self._links[i], np.flatnonzero(nodes == i).astype(np.uint32)) for i in np.unique(nodes).tolist()
+        ]
+
+    def match(self, keys: Any, *, timeout: float | None = None) -> int:
+        """How many of ``keys`` are held, counted from the first one without a gap.
+
+        :param keys: (n, 16) uint8, the blocks of a prefix in order.
+
+        Up to 336 keys by one-sided READs of the index; the rest, if it comes to that, by one message per node.
+        """
+        keys = as_keys(keys)
+        start = 0
+        for stage in GALLOP:
+            part = keys[start : start + stage]
+            if not len(part):
+                return start
+            held = _prefix(self._lookup(part, timeout))
+            start += held
+            if held < len(part):
+                return start
+        while start < len(keys):
+            part = keys[start : start + MESSAGE_KEYS]
+            held = _prefix(self._ask_lookup(part, timeout))
+            start += held
+            if held < len(part):
+                break
+        return start
+
+    def exists(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        """HIT or MISS (or an error) for each key; nothing is fetched."""
+        keys = as_keys(keys)
+        return self._lookup(keys, timeout) if len(keys) <= GALLOP[-1] else self._ask_lookup(keys, timeout)
+
+    def _lookup(self, keys: Keys, timeout: float | None) -> Statuses:
+        return self._run(Batch(keys, None, False, True), timeout).status
+
+    def _ask_lookup(self, keys: Keys, timeout: float | None) -> Statuses:
+        return self._rpc(keys, timeout, lambda s, k, t: lambda r: m.Lookup(r, s.info.namespace, k))
+
+    # --- getting ---
+
+    def get_into(
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        checksum: bool | None = None,
+        lengths: npt.NDArray[np.uint32] | None = None,
+    ) -> Statuses:
+        """Fetches blocks into registered memory.
+
+        :param keys: (n, 16) uint8, or a sequence of 16-byte strings.
+        :param slices: where each goes (:meth:`Buffer.slices`), with room for the whole block.
+        :param timeout: seconds for the batch; the peer's default if None.
+        :param checksum: verify payloads too; by default as the peer was made. Key, length, generation and time are
+            always verified.
+        :param lengths: (n,) uint32, receives the length of each HIT in bytes.
+        :returns: (n,) uint8 of :class:`~memkv.status.Status`; a slice's content is undefined unless HIT.
+        """
+        batch = Batch(as_keys(keys), slices, self.checksum if checksum is None else checksum, False)
+        status = self._run(batch, timeout).status
+        if lengths is not None:
+            lengths[:] = batch.lengths
+        return status
+
+    def _run(self, batch: Batch, timeout: float | None) -> Batch:
+        """Drives a batch to its end on this thread."""
+        if self._closed:
+            raise LocalError("the peer is closed")
+        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
+        for attempt in range(3):
+            jobs = []
+            for session, index in parts:
+                channel = self._take(session, batch, index, until)
+                if channel is not None and session is not None:
+                    jobs.append(batch.load(session, channel, index, until - time.monotonic()))
+            if jobs:
+                run(jobs)
+            again = batch.unload()
+            if not again:
+                break
+            parts = self._refresh(batch, again, until, attempt)
+        self._note_hits(batch)
+        return batch
+
+    def _take(self, session: Session | None, batch: Batch, index: Index, until: float) -> ReadChannel | None:
+        if session is None:
+            batch.set(index, Status.ERROR_UNREACHABLE)
+            return None
+        try:
+            return session.pool.try_take() or session.pool.take(max(0.0, until - time.monotonic()))
+        except DeadlineError:
+            batch.set(index, Status.TIMEOUT)
+        except MemKVError:
+            batch.set(index, Status.ERROR_UNREACHABLE)
+        return None
+
+    def _refresh(
+        self, batch: Batch, again: list[tuple[Session, Index]], until: float, attempt: int
+    ) -> list[tuple[Session | None, Index]]:
+        """Learns of slabs that were met for the first time; keys that met one twice over are given up."""
+        parts: list[tuple[Session | None, Index]] = []
+        for session, index in again:
+            if attempt == 2:
+                batch.set(index, Status.STALE)
+                continue
+            with contextlib.suppress(MemKVError, TimeoutError):
+                self._call(session.refresh(), max(0.0, until - time.monotonic()))
+            parts.append((session if session.closed is None else None, index))
+        return parts
+
+    async def _run_async(self, batch: Batch, timeout: float | None) -> Batch:
+        """The same on the control thread, driven by the progress thread."""
+        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
+        for attempt in range(3):
+            futures = []
+            for session, index in parts:
+                if session is None:
+                    batch.set(index, Status.ERROR_UNREACHABLE)
+                    continue
+                try:
+                    channel = await session.pool.take_async(max(0.0, until - time.monotonic()))
+                except MemKVError as exc:
+                    late = isinstance(exc, DeadlineError)
+                    batch.set(index, Status.TIMEOUT if late else Status.ERROR_UNREACHABLE)
+                    continue
+                future: asyncio.Future[None] = self.loop.create_future()
+                self._progress.submit(batch.load(session, channel, index, until - time.monotonic()), future)
+                futures.append(future)
+            if futures:
+                await asyncio.shield(asyncio.gather(*futures))
+            again = batch.unload()
+            if not again:
+                break
+            parts = []
+            for session, index in again:
+                if attempt == 2:
+                    batch.set(index, Status.STALE)
+                    continue
+                with contextlib.suppress(MemKVError):
+                    await session.refresh()
+                parts.append((session if session.closed is None else None, index))
+        self._note_hits(batch)
+        return batch
+
+    def _note_hits(self, batch: Batch) -> None:
+        if self._touches is None or batch.slices is None:
+            return
+        hits = batch.keys[batch.status == Status.HIT]
+        if len(hits):
+            for link, index in self._parts(hits):
+                if link.session is not None:
+                    self._touches.add(link.session, hits if index is None else hits[index])
+
+    # --- keeping ---
+
+    def put_from(
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        durability: str = "memory",
+        checksums: npt.NDArray[np.uint64] | None = None,
+    ) -> Statuses:
+        """Has the nodes pull blocks out of registered memory and keep them.
+
+        :param slices: what to keep; each slice's length is the block's. It must not change until this returns.
+        :param durability: "memory", or "flash" where the node has some.
+        :param checksums: (n,) uint64 as docs/layout.md defines them; without them the node computes its own.
+        :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the slices.
+        """
+        t = self.timeout if timeout is None else timeout
+        return self._call(self._put(as_keys(keys), slices, t, durability, checksums), t * 2 + 10)
+
+    async def _put(
+        self, keys: Keys, slices: Slices, timeout: float, durability: str, checksums: Any
+    ) -> Statuses:
+        if self._closed:
+            raise LocalError("the peer is closed")
+        if len(slices) != len(keys):
+            raise LocalError(f"{len(keys)} keys need as many slices, not {len(slices)}", "Buffer.slices")
+        status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
+        until = time.monotonic() + timeout
+        tasks = []
+        for link, index in self._parts(keys) if len(keys) else []:
+            if link.session is not None:
+                whole = np.arange(len(keys), dtype=np.uint32) if index is None else index
+                for i in range(0, len(whole), MESSAGE_KEYS):
+                    part = whole[i : i + MESSAGE_KEYS]
+                    sums = None if checksums is None else checksums[part]
+                    tasks.append(put_part(link.session, keys, slices, part, status, until, durability, sums))
+        await asyncio.gather(*tasks)
+        return status
+
+    def touch(self, keys: Any) -> None:
+        """Tells the nodes that blocks are in use, so that they are evicted later. Gets do so by themselves."""
+        keys = as_keys(keys)
+        self._call(self._touch(keys), self.timeout)
+
+    async def _touch(self, keys: Keys) -> None:
+        for link, index in self._parts(keys):
+            session = link.session
+            mine = keys if index is None else keys[index]
+            for i in range(0, len(mine), MESSAGE_KEYS):
+                if session is not None:
+                    session.say(m.Touch(session.info.namespace, mine[i : i + MESSAGE_KEYS].tobytes()))
+
+    def pin(self, keys: Any, ttl: float, *, timeout: float | None = None) -> Statuses:
+        """Keeps blocks from being evicted for ``ttl`` seconds (from 0.001): DONE, MISS, or ERROR_FULL over the limit."""
+        ms = max(1, round(ttl * 1000))
+        return self._rpc(
+            as_keys(keys), timeout, lambda s, k, t: lambda r: m.Pin(r, s.info.namespace, k, ms)
+        )
+
+    def unpin(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        """Takes one pin back: DONE or MISS."""
+        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Unpin(r, s.info.namespace, k))
+
+    def delete(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        """Removes blocks: DONE or MISS. What was acknowledged as deleted is never served again."""
+        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Delete(r, s.info.namespace, k, t))
+
+    def _rpc(self, keys: Keys, timeout: float | None, make: Any) -> Statuses:
+        t = self.timeout if timeout is None else timeout
+        return self._call(self._rpc_async(keys, t, make), t + 5)
+
+    async def _rpc_async(self, keys: Keys, timeout: float, make: Any) -> Statuses:
+        status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
+
+        async def one(session: Session, part: npt.NDArray[np.uint32]) -> None:
+            try:
+                made = make(session, keys[part].tobytes(), int(timeout * 1000))
+                reply: m.Statuses = await session.ask(made, timeout)
+                status[part] = np.frombuffer(reply.statuses, np.uint8)
+            except DeadlineError:
+                status[part] = Status.TIMEOUT
+            except MemKVError as exc:
+                status[part] = Status.ERROR_LINK if session.closed else Status.ERROR_REFUSED
+                log.debug("%s: %s", session.host, exc)
+
+        tasks = []
+        for link, index in self._parts(keys) if len(keys) else []:
+            if link.session is not None:
+                whole = np.arange(len(keys), dtype=np.uint32) if index is None else index
+                tasks += [one(link.session, whole[i : i + MESSAGE_KEYS]) for i in range(0, len(whole), MESSAGE_KEYS)]
+        await asyncio.gather(*tasks)
+        return status
+
+    # --- callers with a loop of their own ---
+
+    def fileno(self) -> int:
+        """An eventfd that becomes readable when a submitted batch is done; then call :meth:`reap`."""
+        return self._event
+
+    def submit_get(self, keys: Any, slices: Slices, *, timeout: float | None = None, tag: object = None) -> Ticket:
+        """Starts a get and returns at once. See :meth:`get_into`; slices are the batch's until its ticket is done."""
+        batch = Batch(as_keys(keys), slices, self.checksum, False)
+
+        async def work() -> Statuses:
+            return (await self._run_async(batch, timeout)).status
+
+        return self._submit(work(), tag)
+
+    def submit_put(
+        self, keys: Any, slices: Slices, *, timeout: float | None = None, durability: str = "memory", tag: object = None
+    ) -> Ticket:
+        """Starts a put and returns at once. See :meth:`put_from`."""
+        t = self.timeout if timeout is None else timeout
+        return self._submit(self._put(as_keys(keys), slices, t, durability, None), tag)
+
+    def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object) -> Ticket:
+        ticket = Ticket(tag)
+
+        async def follow() -> None:
+            try:
+                ticket.status = await work
+            except MemKVError as exc:
+                ticket.error = exc
+            ticket.done = True
+            self._tickets.append(ticket)
+            os.eventfd_write(self._event, 1)
+
+        asyncio.run_coroutine_threadsafe(follow(), self.loop)
+        return ticket
+
+    def reap(self) -> list[Ticket]:
+        """Tickets that are done, oldest first. Never blocks."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+        out = []
+        while self._tickets:
+            out.append(self._tickets.popleft())
+        return out
+
+    # --- about itself ---
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this peer, one entry per node, with the fabric and why it was taken."""
+        nodes = {}
+        for link in self._links:
+            session = link.session
+            entry: dict[str, Any] = {"up": session is not None, "reconnects": link.reconnects}
+            if session is None:
+                entry["error"] = str(link.error)
+            else:
+                view = session.view
+                for name in ("hits", "misses", "stale", "corrupt", "errors", "bytes", "lookups", "cached"):
+                    entry[name] = int(getattr(view, name))
+                entry["channels_busy"], entry["channels_idle"] = session.pool.counts
+                entry["strict"] = bool(view.strict)
+            nodes[link.address] = entry
+        fabric = self.fabric.describe() | {"reason": self.fabric.reason} if self.fabric else {}
+        return {"namespace": self.namespace, "fabric": fabric, "nodes": nodes}
+
+    def node_stats(self, *, timeout: float | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+        """What each node that is up says of itself: sections of flat values, by node."""
+        t = self.timeout if timeout is None else timeout
+
+        async def ask() -> dict[str, dict[str, dict[str, Any]]]:
+            out = {}
+            for link in self._links:
+                if link.session is not None:
+                    info: m.StatsInfo = await link.session.ask(m.Stats, t)
+                    out[link.address] = dict(info.sections)
+            return out
+
+        return self._call(ask(), t + 1)
+
+    def close(self) -> None:
+        """Leaves the nodes and withdraws everything. Batches under way on other threads must have ended."""
+        if self._closed:
+            return
+        self._closed = True
+
+        async def leave() -> None:
+            await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
+
+        with contextlib.suppress(TimeoutError):
+            self._call(leave(), self.timeout + 5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self._progress.close()
+        for handle in list(self._buffers.values()):
+            self._unregister(handle)
+        if self.fabric is not None:
+            self._get_domain.close()
+            self._put_domain.close()
+            self.fabric.close()
+        os.close(self._event)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _prefix(status: Statuses) -> int:
+    """Keys from the start that are HITs."""
+    bad = np.flatnonzero(status != Status.HIT)
+    return int(bad[0]) if len(bad) else len(status)
