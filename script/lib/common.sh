@@ -29,5 +29,11 @@ distribution() { (. /etc/os-release 2>/dev/null && echo "${ID:-unknown}") || ech
 
 apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -q "$@" >&2; }
 
+# apt_refresh: update apt's lists, at most once an hour. It may fail: the lists at hand may do.
+apt_refresh() {
+    [ -z "$(find "$cache/apt-refreshed" -mmin -60 2>/dev/null)" ] || return 0
+    if can_root && apt_get update; then touch "$cache/apt-refreshed"; else say "apt's lists could not be updated"; fi
+}
+
 # apt_knows PACKAGE: true if apt has a version of it to install.
 apt_knows() { [ -n "$(apt-cache madison "$1" 2>/dev/null)" ]; }

@@ -51,16 +51,13 @@ depended() { apt-cache depends "$1" 2>/dev/null | awk -v p="^$2\$" '$1 == "Depen
 fetch_kernel() {
     local packages work image
     [ "$(uname -m)" = x86_64 ] || die "no micro-VM on $(uname -m): this is written for x86-64 only. Load rdma_rxe on the host instead"
+    apt_refresh
     packages=$(find_kernel || :)
-    if [ -z "$packages" ]; then
-        apt_get update
-        packages=$(find_kernel || :)
-        [ -n "$packages" ] || die "apt knows no kernel package to boot in a micro-VM"
-    fi
+    [ -n "$packages" ] || die "apt knows no kernel package to boot in a micro-VM"
     say "fetching the micro-VM's kernel, once: ${packages//$'\n'/ }"
     work=$(mktemp -d "$cache/kernel.XXXXXX")
     # shellcheck disable=SC2086
-    (cd "$work" && { download $packages || { apt_get update && download $packages; }; }) >&2 ||
+    (cd "$work" && apt-get -o APT::Sandbox::User=root -qq download $packages) >&2 ||
         { rm -rf "$work"; die "the kernel package could not be fetched"; }
     for package in "$work"/*.deb; do
         # Newer packages put everything under ./usr.
@@ -73,11 +70,9 @@ fetch_kernel() {
     echo "${image##*/vmlinuz-}" > "$work/release"
     depmod -b "$work" "$(cat "$work/release")"
     extract_vmlinux "$image" > "$work/image" || cp "$image" "$work/image"
-    rm -rf "$work/boot" "$kernel"
+    rm -rf "${work:?}/boot" "$kernel"
     mv "$work" "$kernel"
 }
-
-download() { apt-get -o APT::Sandbox::User=root -qq download "$@"; }
 
 # extract_vmlinux BZIMAGE: print the ELF kernel inside. QEMU starts it through its PVH entry, which saves the guest
 # from unpacking itself: a second under emulation. Fails where it has no such entry (the Xen note 0x12).

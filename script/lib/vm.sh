@@ -109,6 +109,7 @@ vm_command() {
     done
     [ -z "$1" ] || printf 'export MEMKV_SOFTROCE_OUT=%q\n' "$1"
     # The guest's /run and /dev/shm are its own.
+    # shellcheck disable=SC2016
     echo 'for d in "${TMPDIR:-}" "${XDG_RUNTIME_DIR:-}"; do [ -z "$d" ] || mkdir -p "$d"; done'
     printf 'cd %q || exit\n' "$PWD"
     shift
