@@ -1,0 +1,45 @@
+"""Fixtures for every room: the fabrics that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from memkv.rdma import devices
+from memkv.rdma._pv import missing
+from memkv.rdma.fabric import Fabric
+
+NO_DEVICE = "no RDMA device here: run the tests under script/softroce"
+
+
+@pytest.fixture(params=["tcp", pytest.param("verbs", marks=pytest.mark.verbs)])
+def fabric_name(request: pytest.FixtureRequest) -> str:
+    """Each fabric in turn; verbs only where there is a device."""
+    name: str = request.param
+    if name == "verbs":
+        if not devices.names():
+            pytest.skip(NO_DEVICE)
+        if missing():
+            pytest.skip(missing())
+    return name
+
+
+def make_fabric(name: str, *, listen: bool, max_msg: int = 0) -> Fabric:
+    """A fabric of either kind, with what tests want to vary."""
+    if name == "verbs":
+        from memkv.rdma.verbs import VerbsFabric
+
+        return VerbsFabric([devices.select()], max_msg=max_msg)
+    from memkv.rdma.tcp import TcpFabric
+
+    return TcpFabric(("127.0.0.1", 0) if listen else None)
+
+
+@pytest.fixture
+def fabrics(fabric_name: str) -> Iterator[tuple[Fabric, Fabric]]:
+    """(the serving side's fabric, the reading side's)."""
+    serve, read = make_fabric(fabric_name, listen=True), make_fabric(fabric_name, listen=False)
+    yield serve, read
+    read.close()
+    serve.close()
