@@ -22,7 +22,7 @@ _SQ_SPARE = 8  # work requests beyond `depth`: the marker that follows an error,
 
 
 def _ack_timeout(grace_ns: int) -> int:
-    """The queue pair's ACK timeout exponent t (4.096 µs · 2^t) such that seven retries end before grace/2.
+    """The queue pair's ACK timeout exponent t (4.096 µs · 2^t) such that six retries end before grace/2.
 
     Not below 12 (17 ms): shorter ones fire on loaded machines, and a late READ fails the grace check anyway.
     """
@@ -195,7 +195,7 @@ class VerbsEndpoint(Endpoint):
         attr.max_rd_atomic = max(1, min(s.device.max_init_rd_atomic, end.rd_atomic, 128))
         attr.min_rnr_timer = 12
         attr.timeout = _ack_timeout(self.domain.verbs.grace_ns)
-        attr.retry_cnt = 7
+        attr.retry_cnt = 6  # soft-RoCE takes 7 for ever
         attr.rnr_retry = 6
         try:
             self.qps[rail].to_rts(attr)

@@ -9,7 +9,7 @@ HERE = Path("memkv/native")
 RDMA = Path("memkv/rdma/native")
 STORE = Path("memkv/store/native")
 sys.path.insert(0, str(RDMA))
-from cdef import declarations  # noqa: E402
+from cdef import declarations  # type: ignore[import-not-found]  # noqa: E402
 
 HEADERS = [RDMA / "fabric.h", RDMA / "job.h", STORE / "layout.h", HERE / "cache.h", HERE / "get.h"]
 

@@ -7,7 +7,7 @@ import cffi
 
 HERE = Path("memkv/rdma/native")
 sys.path.insert(0, str(HERE))
-from cdef import declarations  # noqa: E402
+from cdef import declarations  # type: ignore[import-not-found]  # noqa: E402
 
 HEADERS = ["fabric.h", "job.h", "drive.h", "readjob.h", "table.h", "verbs.h", "tcp.h", "bare.h"]
 SOURCES = ["drive.c", "readjob.c", "table.c", "verbs.c", "tcp_channel.c", "tcp_responder.c", "bare.c"]
