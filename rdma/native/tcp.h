@@ -1,6 +1,6 @@
 /* tcp.h: one-sided READs over stream sockets, for machines without an RDMA device.
  *
- *    reader (tcp_channel.c)                      responder (tcp_responder.c)
+ *    reader (tcp_channel.c, tcp_lane.h)           responder (tcp_responder.c, tcp_conn.h)
  *    ┌──────────────────┐  request, request, …   ┌─────────────────────────────┐
  *    │ lane: socket 0   │───────────────────────►│ one thread, epoll           │
  *    │ lane: socket 1   │◄───────────────────────│ finds the region, checks    │
