@@ -1,0 +1,1 @@
+"""The commands ``memkv-node`` (serve, doctor, status) and ``memkv-bench``."""
