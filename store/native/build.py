@@ -11,7 +11,7 @@ from cffi import FFI
 
 HERE = "memkv/store/native"
 # Order matters: a type is declared before it is used.
-HEADERS = ["layout.h", "store.h", "checksum.h", "index.h"]
+HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h"]
 SOURCES = [
     "checksum.c",
     "checksum_avx2.c",
@@ -28,6 +28,7 @@ SOURCES = [
     "fill.c",
     "namespace.c",
     "check.c",
+    "put.c",
 ]
 
 _MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)
