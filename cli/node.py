@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
 from .. import __version__
+from ..store.config import DEFAULT_PORT, parse_address
 from ._group import OneLineGroup
-from .options import as_toml, load, node_options
+from .options import as_toml, load, node_options, written
 
 
 @click.group("memkv-node", cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,7 +21,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--config", "config_file", metavar="FILE", help="Settings in TOML; flags go before it.")
-@node_options
+@node_options()
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
@@ -45,6 +47,51 @@ def serve(
     from .serve import run  # the C core, and everything else that takes time to load
 
     return run(config, clock_reason, ready_fd=ready_fd, log_format=log_format)
+
+
+@main.command()
+@click.option(
+    "--config", "config_file", metavar="FILE", help="The node's settings in TOML; flags go before it."
+)
+@node_options("listen", "memory", "huge", "fabric", "devices", "ib_port", "gid_index")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(config_file: str | None, as_json: bool, **flags: Any) -> int:
+    """Say what this machine has and lacks, which way a node takes, why, and what to do.
+
+    Ends with 0 if a node can run here at all, else 1.
+    """
+    from rich.console import Console
+
+    from .doctor import check_named, examine, show
+
+    config, _ = load(config_file, flags)
+    check_named(config)
+    report = examine(config)
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=1))
+    else:
+        show(report, Console())
+    return 0 if report.ok else 1
+
+
+@main.command()
+@click.option("--metrics-url", metavar="URL", help="Of the node's --metrics, like http://node-1:7421.")
+@click.option("--address", metavar="HOST:PORT", help=f"The same, shorter. [127.0.0.1:{DEFAULT_PORT + 1}]")
+@click.option("--json", "as_json", is_flag=True, help="What the node said, as it is.")
+def status(metrics_url: str | None, address: str | None, as_json: bool) -> None:
+    """Show how a running node is (it needs --metrics)."""
+    from rich.console import Console
+
+    from .status import fetch, show
+
+    if metrics_url and address:
+        raise click.UsageError("--metrics-url and --address say the same thing: give one of them")
+    host, port = parse_address(address or "127.0.0.1", "--address", DEFAULT_PORT + 1)
+    found = fetch(metrics_url or f"http://{written((host, port))}")
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        show(found, Console())
 
 
 if __name__ == "__main__":

@@ -69,11 +69,15 @@ def settings() -> list[str]:
     return sorted(names, key=lambda n: (list(HELP).index(n) if n in HELP else len(HELP), n))
 
 
-def node_options(function: F) -> F:
-    """Adds a flag for every setting to a command."""
-    for name in reversed(settings()):
-        function = _option(name)(function)
-    return function
+def node_options(*names: str) -> Callable[[F], F]:
+    """A decorator that adds flags to a command: for the settings named, else for all."""
+
+    def decorate(function: F) -> F:
+        for name in reversed(names or settings()):
+            function = _option(name)(function)
+        return function
+
+    return decorate
 
 
 def _option(name: str) -> Callable[[F], F]:
@@ -153,6 +157,12 @@ def _written(name: str, value: Any) -> str | int | None:
     if isinstance(value, tuple):
         return ",".join(value)
     return value if value is None or isinstance(value, int) else str(value)
+
+
+def written(address: tuple[str, int]) -> str:
+    """HOST:PORT, an IPv6 address in brackets."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _size(value: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from ..rdma.errors import LocalError
 from ..store.config import NodeConfig, is_loopback
 from ..store.node import Node
+from .options import written
 
 log = logging.getLogger("memkv.node")
 
@@ -106,11 +107,6 @@ def describe(node: Node, clock_reason: str) -> dict[str, str]:
 def banner(facts: dict[str, str]) -> str:
     """The start-up banner."""
     return "\n".join(f"memkv-node: {k:<8} {v}" for k, v in facts.items())
-
-
-def written(address: tuple[str, int]) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # --- readiness ---
