@@ -49,7 +49,7 @@ find_kernel() {
 depended() { apt-cache depends "$1" 2>/dev/null | awk -v p="^$2\$" '$1 == "Depends:" && $2 ~ p { print $2; exit }'; }
 
 fetch_kernel() {
-    local packages work image
+    local packages package work image
     [ "$(uname -m)" = x86_64 ] || die "no micro-VM on $(uname -m): this is written for x86-64 only. Load rdma_rxe on the host instead"
     apt_refresh
     packages=$(find_kernel || :)
