@@ -1,7 +1,7 @@
 """A peer of tests: the protocol's state machine, a socket, and endpoints driven by hand.
 
-It does nothing by itself: no retries, no acknowledgements, no location cache. So a test can leave out, repeat or
-garble whatever it is about.
+It does nothing by itself: no retries, no acknowledgements, no location cache. So a test can leave out,
+repeat or garble whatever it is about.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ class RawPeer:
         self._fabric_name = fabric
         self._fabric: Fabric | None = None
         self._closers: list[Callable[[], None]] = []
-        self.write(b"")
-        while self.protocol.welcome is None:
-            self._receive()
+        try:
+            self.write(b"")
+            while self.protocol.welcome is None:
+                self._receive()
+        except Exception as exc:
+            self.socket.sendall(getattr(exc, "reply", b""))
+            self.socket.close()
+            raise
 
     # --- the connection ---
 
@@ -82,9 +87,13 @@ class RawPeer:
     def send(self, message: m.Message) -> None:
         self.write(self.protocol.send(message))
 
+    def post_id(self) -> int:
+        """A new request id."""
+        return next(self._requests)
+
     def post(self, kind: type[m.Message], *fields: Any, **named: Any) -> int:
         """Sends a request; ``wait`` gets its answer."""
-        request = next(self._requests)
+        request = self.post_id()
         self.send(kind(request, *fields, **named))
         return request
 
@@ -103,12 +112,12 @@ class RawPeer:
     def ask(self, kind: type[m.Message], *fields: Any, **named: Any) -> Any:
         return self.wait(self.post(kind, *fields, **named))
 
-    def notice(self, kind: type[m.Message], timeout: float = PATIENCE) -> Any:
-        """The next notice of that kind."""
+    def notice(self, kind: type[m.Message], namespace: int = 0, timeout: float = PATIENCE) -> Any:
+        """The next notice of that kind (of that namespace)."""
         until = time.monotonic() + timeout
         while True:
             for i, message in enumerate(self.arrived):
-                if isinstance(message, kind):
+                if isinstance(message, kind) and namespace in (0, getattr(message, "namespace", 0)):
                     del self.arrived[i]
                     return message
             self._receive(max(0.01, until - time.monotonic()))
@@ -210,7 +219,7 @@ class RawPeer:
             np.arange(n, dtype=np.uint64) * np.uint64(length),
             None if checksums is None else np.asarray(checksums, np.uint64),
         )
-        request = next(self._requests)
+        request = self.post_id()
         self.send(columns.message(request, info.namespace, **named))
         return request
 
