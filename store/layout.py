@@ -105,7 +105,8 @@ def location_offset(location: ArrayLike) -> U64:
 
 def key_words(keys: NDArray[Any]) -> U64:
     """Keys, as (n, 16) bytes or n items of 16 bytes, as (n, 2) little-endian words."""
-    return np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)
+    words: U64 = np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)
+    return words
 
 
 def mix64(x: U64) -> U64:

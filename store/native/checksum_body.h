@@ -3,8 +3,10 @@
  * The file that includes it has set the target and defines CHECKSUM_NAME. xxhash's functions are inlined
  * (XXH_INLINE_ALL), so that every copy is compiled for the target of its file and no library is needed.
  *
+ *   result = XXH3_64( h_0 ‖ h_1 ‖ … ‖ h_{n-1} ‖ length )     with h_i = XXH3_64(chunk i)
+ *
  * Two levels, so that chunks can be hashed by many threads, or by a GPU, and only the short list of their
- * hashes is serial:     result = XXH3_64( h_0 ‖ h_1 ‖ … ‖ h_{n-1} ‖ length )     with h_i = XXH3_64(chunk i)
+ * hashes is serial.
  */
 #define XXH_INLINE_ALL
 #include <xxhash.h>

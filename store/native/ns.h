@@ -1,12 +1,14 @@
 /* ns.h: what a namespace is made of, for the files that implement store.h. Nothing else includes it.
  *
- *   mkv_ns ──► index, table[]                        what peers find blocks by                    (index.c,
- * table.c) ├─ cls[0], cls[1], …     a size class ──► free, quarantine: lists;  sieve: live blocks (slab.c,
- * sieve.c) ├─ slabs ──► slab ──► extent[]                 what the node knows of each place for a block └─
- * pinned                                      live blocks that may not be evicted          (pin.c)
+ *   mkv_ns ──► index, table[]       what peers find blocks by                            (index.c, table.c)
+ *     ├─ cls[0], cls[1], …          a size class: lists of free and quarantined extents,
+ *     │                             a sieve of live blocks                               (slab.c, sieve.c)
+ *     ├─ slabs ──► slab             a span of the arena, all extents of one class        (retire.c)
+ *     │             └─ extent[]     what the node knows of each place for a block
+ *     └─ pinned                     live blocks that may not be evicted                  (pin.c)
  *
- * Lock order: arena's timer_lock, a namespace's lock, the arena's lock. A name that ends in _locked wants the
- * namespace's lock held; so do all functions that are declared in this file.
+ * Lock order: arena's timer_lock, a namespace's lock, the arena's lock. All functions declared in this file
+ * want the namespace's lock held, unless it is said that they do not.
  *
  * An extent's life:
  *

@@ -21,13 +21,13 @@
  * ------------
  * Let the reader post at p, and let it expect generation g, which it learned from a slot or was told.
  *
- * 1. Nobody learns g before the block is published, and the payload is complete before that. So from p on,
- * until the extent is freed and filled again, the bytes are those of the block.
- * 2. A generation is never used twice. If the READ brought g, then at some moment s after p, when the line
- * was sampled, the generation had not been zeroed yet. So whoever unpublished the block did it after s, hence
- * after p.
- * 3. From then on the bytes stay for at least G: the extent is not filled again before p + G.
- * 4. The reader saw the READ complete before p + G/2, so that is when the last byte had been sampled.
+ *  1. Nobody learns g before the block is published, and the payload is complete before that. So from p on,
+ *     until the extent is freed and filled again, the bytes are those of the block.
+ *  2. A generation is never used twice. If the READ brought g, then at some moment s after p, when the line
+ *     was sampled, the generation had not been zeroed yet. So whoever unpublished the block did it after s,
+ *     hence after p.
+ *  3. From then on the bytes stay for at least G: the extent is not filled again before p + G.
+ *  4. The reader saw the READ complete before p + G/2, so that is when the last byte had been sampled.
  *
  * Every byte was thus sampled between p and p + G/2, and from p to p + G the bytes are those of the block,
  * whatever the order of the samples. The other half of G is for what the two clocks do not see: the time
@@ -38,27 +38,36 @@
  *
  * The four premises, each of which somebody will be tempted to break
  * ------------------------------------------------------------------
- * (a) Nothing writes to an extent between its publication and the end of its quarantine. Not a receive that
- * is still under way when the put gives up (a put ends only when no device can write any more), not a repair
- * of the checksum, not a flag in the header page. The generation is the one exception. (b) A live line
- * appears by a store of this CPU, after the fill has completed, and by nothing else: no DMA brings one along,
- * and flash is read into the payload only. A generation is never one that was stored before. (c) The reader's
- * clock counts real time. It stands still in a virtual machine that is paused or migrated. So each index
- * region has an epoch line, and a *strict* reader needs no clock: it knows epoch e before it posts and reads
- *     the line again after the last completion. If the epoch is at most e + 3, no extent that was live after
- * the posting has been released, since that takes five ticks and the tick advances the epoch *before* it
- * releases. Two spare ticks, for the same reasons as the other half of G. (d) The place of a live line never
- * becomes payload, or a payload could contain what looks like a live line. Within a slab the extents have one
- * size for ever; to change it the slab is retired, zeroed and given a new id (retire.c).
+ * (a) Nothing writes to an extent between its publication and the end of its quarantine. Not a READ that is
+ *     still under way when the put gives up (a put ends only when no device can write any more), not a repair
+ *     of the checksum, not a flag in the header page. The generation is the one exception. Step 3 needs it.
  *
- * Who writes, who reads
- * ---------------------
- * live line    writer: this node, under the namespace's lock (fill.c publishes, this file unpublishes).
- * Reader: peers. A stale line, sampled live just before it was zeroed, is what quarantine is for. slot
- * writer: index.c, under the lock. Reader: peers. A stale slot leads to a line that does not agree, or to a
- * slab id that exists no more. epoch line   writer: the tick. Reader: strict peers. A stale epoch read
- * *before* makes e smaller and the check stricter; one read *after* is late by less than the two spare ticks.
- * extent       (the struct) is this node's own memory and guarded by the lock.
+ * (b) A live line appears by a store of this CPU, after the fill has completed, and by nothing else: no DMA
+ *     brings one along, and flash is read into the payload only. A generation is never one that was stored
+ *     before, so the counter starts at a random place in each run. Steps 1 and 2 need it.
+ *
+ * (c) The reader's clock counts real time. It stands still in a virtual machine that is paused or migrated.
+ *     So each index region has an epoch line, and a *strict* reader needs no clock in step 4: it knows epoch
+ *     e before it posts and reads the line again after the last completion. If that says e + 3 at most, no
+ *     extent that was live after p has been freed, since this takes five ticks and a tick advances the epoch
+ *     *before* it frees. Two ticks are left over, for the same reasons as the other half of G.
+ *
+ * (d) The place of a live line never becomes payload, or a payload could contain what looks like a live line.
+ *     Within a slab the extents have one size for ever; to change it the slab is retired, zeroed and given a
+ *     new id (retire.c). Step 2 needs it: the line was sampled where lines are.
+ *
+ * Who writes, who reads, why a stale read is harmless
+ * ---------------------------------------------------
+ * live line    This node writes it, under the namespace's lock: fill.c publishes, this file unpublishes.
+ *              Peers read it. One sampled live just before it was zeroed is what all of the above is about.
+ *
+ * slot         index.c writes it, under the lock. Peers read it. A stale slot leads to a line that does not
+ *              agree, or to the id of a slab that exists no more.
+ *
+ * epoch line   The tick writes it. Strict peers read it. A stale first value makes e smaller and the check
+ *              stricter; a stale second one is late by less than the two spare ticks.
+ *
+ * struct mkv_extent is this node's own memory: nobody else reads it, and the lock guards it.
  */
 #include "list.h"
 

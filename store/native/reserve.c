@@ -21,17 +21,21 @@ int mkv_class_may_grow(struct mkv_ns *ns, const struct mkv_class *c) {
     return c->coming || mkv_arena_free_slabs(ns->arena);
 }
 
-/* How many extents the class should have free or nearly so. What was asked for in this tick already counts in
- * full, so that a burst is met at once. */
-uint64_t mkv_class_need(const struct mkv_class *c) {
-    uint64_t rate16 = c->rate16 > 16 * c->taken ? c->rate16 : 16 * c->taken;
-    uint64_t need = (rate16 * RESERVE_TICKS + 15) / 16;
-    return need ? need : 1;
+/* How many extents should be free or nearly so, by the recent rate. */
+static uint64_t need(const struct mkv_class *c) {
+    uint64_t n = (c->rate16 * RESERVE_TICKS + 15) / 16;
+    return n ? n : 1;
 }
 
 static uint64_t reserve(const struct mkv_class *c) {
-    uint64_t need = mkv_class_need(c);
-    return need < c->extents / 2 ? need : c->extents / 2;
+    uint64_t n = need(c);
+    return n < c->extents / 2 ? n : c->extents / 2;
+}
+
+/* How many should be free before a further slab is due. A burst counts before the tick has made a rate of it:
+ * memory that lies idle costs nothing, and it takes Python a while to register a slab. */
+uint64_t mkv_class_need(const struct mkv_class *c) {
+    return need(c) > c->taken ? need(c) : c->taken;
 }
 
 static void ask_for_slab(struct mkv_ns *ns, struct mkv_class *c) {
@@ -93,11 +97,12 @@ struct mkv_extent *mkv_extent_take(struct mkv_ns *ns, struct mkv_class *c) {
     return e;
 }
 
-/* Once per tick: what was asked for becomes the rate, rising fast and falling slowly. */
+/* Once per tick: what was asked for becomes the rate. A single burst of n leaves a reserve of about one and a
+ * half n, a steady n per tick one of six n, and when puts end so does the reserve. */
 void mkv_class_tick(struct mkv_ns *ns, struct mkv_class *c) {
     uint64_t now16 = 16 * c->taken, now256 = 256 * c->asked;
     if (now16 > c->rate16)
-        c->rate16 += (now16 - c->rate16 + 1) / 2;
+        c->rate16 += (now16 - c->rate16 + 3) / 4;
     else
         c->rate16 -= (c->rate16 - now16 + 7) / 8;
     if (now256 > c->demand256)

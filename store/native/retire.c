@@ -1,8 +1,9 @@
 /* retire.c: slabs come and go.
  *
- *                take            ready           retire              five ticks          retired released the
- * arena ─────────► TAKEN ─────────► READY ─────────► RETIRING ────────────► RETIRED ──────► REPORTED ──────►
- * zeroed, └──────────────────── retire (never used) ───────────────►┘                     the arena again
+ *              take          ready          retire            five ticks         retired
+ *   the arena ─────► TAKEN ────────► READY ────────► RETIRING ──────────► RETIRED ─────► REPORTED
+ *      ▲               └────────────── retire (never used) ──────────────────┘              │
+ *      └────────────────────────── released: zeroed, its id gone ───────────────────────────┘
  *
  * Python registers between take and ready and deregisters between retired and released, when every session
  * has agreed to forget the slab. This is the only way in which memory changes hands, or size class: the place

@@ -1,10 +1,9 @@
-/* table.c: the tables of a namespace: one in force, maybe a larger one being prepared, old ones that are
- * still read.
+/* table.c: the tables of a namespace: one in force, maybe a larger one in preparation, old ones still read.
  *
- *   prepare: an empty table, twice the size ──► Python registers and announces it
- *   switch:  every entry is copied, in steps between which the lock is free; meanwhile changes go to both
- * tables; then the version in force changes in the epoch lines of all tables drop:    when every session
- * reads the new one
+ *   prepare   an empty table, twice the size; Python registers and announces it
+ *   switch    every entry is copied, in steps between which the lock is free; meanwhile changes go to both
+ *             tables; then the version in force changes in the epoch lines of all tables
+ *   drop      when every session reads the new one
  *
  * An old table is frozen: it stays whole, gets no new blocks, and what is deleted from the new one stays in
  * it as a slot whose live line will not agree. Its epoch line goes on ticking, for readers look at it, and it
@@ -17,9 +16,10 @@
 
 #include "arena.h"
 
-#define GROW_AT(slots) ((slots) / 10 * 7) /* at about 3/4 full, insertions begin to wait for displacements   \
-                                           */
-#define BUCKETS_AT_ONCE 1024u             /* of a switch: about a millisecond */
+/* At about three quarters full, insertions begin to wait for displacements. */
+#define GROW_AT(slots) ((slots)*7 / 10)
+/* Between which a switch lets go of the lock: about a millisecond. */
+#define BUCKETS_AT_ONCE 1024u
 
 int mkv_table_wanted(const struct mkv_ns *ns) {
     uint64_t slots = ns->index->buckets * MKV_BUCKET_SLOTS;

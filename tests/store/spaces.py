@@ -164,8 +164,9 @@ class Space:
             status = self.put(key, payload)
             if status != lib.MKV_ERROR_FULL:
                 return status
-            self.serve()
-            self.tick()
+            if not self.serve_slabs():
+                self.serve()
+                self.tick()
         return status
 
     # --- batches ---
