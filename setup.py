@@ -11,11 +11,15 @@ import shlex
 import subprocess
 import sysconfig
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if find_spec("cffi") is None:  # setuptools would only warn, and install a memkv without its C core
+    raise SystemExit("memkv cannot be built: no cffi here: pip install cffi setuptools wheel")
 
 PACKAGES = [
     "memkv",
