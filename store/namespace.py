@@ -15,10 +15,10 @@ until every session of the namespace has acknowledged it or is gone.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,30 +27,16 @@ from ..rdma.errors import DeviceError, MemKVError
 from ..rdma.fabric import Fabric, Region, RegionDesc
 from . import messages as m
 from .native._store import ffi, lib
+from .notices import Listener, Notices
+from .refusals import Refuse
 
 log = logging.getLogger("memkv.node")
 
 TABLE_IDS = 1 << 20  # region ids of index tables begin here
 RETRY_SECONDS = 2.0  # after a chore that could not be done
 
-SLAB, RETIRE, TABLE = 1, 2, 4  # MKV_CHORE_*
-
-
-class Listener(Protocol):
-    """What a namespace needs of a session."""
-
-    def notify(self, message: m.Message) -> None: ...
-
-    def lost(self, reason: str) -> None: ...
-
-
-class Refuse(MemKVError):
-    """A request that is answered with a Refusal."""
-
-    def __init__(self, code: m.Code, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)
-        self.code = code
-        self.message = message
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,49 +56,14 @@ class Slab:
     pull: Region
 
 
-class Notices:
-    """Numbers notices, and knows who has not acknowledged which."""
+class Family(Protocol):
+    """What a namespace needs of the others."""
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self._next = 1
-        self._open: dict[int, set[Listener]] = {}
-        self._empty: dict[int, asyncio.Event] = {}
+    def may_take(self, ns: Namespace) -> bool:
+        """Whether a free slab of the arena is for this namespace."""
 
-    async def send(self, sessions: Iterable[Listener], make: Callable[[int], m.Message]) -> None:
-        """Sends ``make(notice id)`` to the sessions and waits until all have acknowledged or are gone.
-
-        A session that does not within the timeout is ended.
-        """
-        number, self._next = self._next, self._next + 1
-        waiting = self._open[number] = set(sessions)
-        empty = self._empty[number] = asyncio.Event()
-        message = make(number)
-        try:
-            for session in list(waiting):
-                session.notify(message)
-            if waiting:
-                try:
-                    await asyncio.wait_for(empty.wait(), self.timeout)
-                except TimeoutError:
-                    for session in list(waiting):
-                        session.lost(f"{type(message).__name__} was not acknowledged in {self.timeout:g} s")
-                    await empty.wait()  # until their queue pairs are gone
-        finally:
-            del self._open[number], self._empty[number]
-
-    def acknowledge(self, session: Listener, number: int) -> None:
-        """From the session; unknown numbers are ignored (it may have been counted as gone)."""
-        waiting = self._open.get(number)
-        if waiting is not None and session in waiting:
-            waiting.discard(session)
-            if not waiting:
-                self._empty[number].set()
-
-    def gone(self, session: Listener) -> None:
-        """The session cannot READ any more: all that it owed counts as given."""
-        for number in list(self._open):
-            self.acknowledge(session, number)
+    def wake(self) -> None:
+        """A slab has come free."""
 
 
 def region_info(desc: RegionDesc) -> m.RegionInfo:
@@ -132,7 +83,7 @@ class Namespace:
         fabric: Fabric,
         arena: Any,
         incarnation: int,
-        family: Namespaces,
+        family: Family,
     ) -> None:
         self._family = family
         self.id = id
@@ -148,14 +99,14 @@ class Namespace:
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._farewells: set[asyncio.Task[None]] = set()
+        self.serve = fabric.domain()
+        self.pull = fabric.domain()
         self.ns: Any = lib.mkv_ns_new(
             arena, id, settings.block_bytes, settings.align, settings.grace_ns, self.salt
         )
-        if self.ns == ffi.NULL:
-            raise _why_not(settings, ffi.errno)
-        self.serve = fabric.domain()
-        self.pull = fabric.domain()
         try:
+            if self.ns == ffi.NULL:
+                raise _why_not(settings, ffi.errno)
             span = ffi.new("struct mkv_span *")
             lib.mkv_ns_table(self.ns, span)
             self.table = self._register_table(span)
@@ -190,6 +141,7 @@ class Namespace:
         return taken
 
     def _register_slab(self, id: int, address: int, length: int) -> Slab:
+        _populate(address, length)
         serve = self.serve.register(address, length, remote_read=True, region_id=id)
         try:
             return Slab(serve, self.pull.register(address, length, region_id=id))
@@ -270,11 +222,11 @@ class Namespace:
         """One round; whether to look again in a while."""
         chores = lib.mkv_ns_chores(self.ns)
         again = False
-        if chores & SLAB and events.time() >= self._quiet_until:
+        if chores & lib.MKV_CHORE_SLAB and events.time() >= self._quiet_until:
             for slab in await events.run_in_executor(pool, self._take_slabs):
                 self._tell(m.SlabAdded(self.id, region_info(slab.serve.desc)))
                 lib.mkv_ns_slab_ready(self.ns, slab.serve.id)
-        if chores & TABLE:
+        if chores & lib.MKV_CHORE_TABLE:
             old = await events.run_in_executor(pool, self._grow_table)
             again |= old is None
             if old is not None:
@@ -338,6 +290,13 @@ class Namespace:
             self.ns = ffi.NULL
 
 
+def _populate(address: int, length: int) -> None:
+    """Has the kernel bring in all pages now, here in the pool, rather than one by one under the thread that
+    pulls. A kernel before 5.14 cannot, which does no harm.
+    """
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+
+
 def _why_not(settings: Settings, code: int) -> Refuse:
     if code == errno.ENOMEM:
         return Refuse(m.Code.FULL, "no memory for another namespace")
@@ -346,113 +305,3 @@ def _why_not(settings: Settings, code: int) -> Refuse:
         f"this node cannot hold blocks of {settings.block_bytes} bytes aligned to {settings.align}",
         "block_bytes plus align has to fit a slab (slab_bytes of the node), align is 512 or 4096",
     )
-
-
-class Namespaces:
-    """All namespaces of a node, by name and by id."""
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        arena: Any,
-        incarnation: int,
-        default: Settings,
-        limit: int,
-        pool: ThreadPoolExecutor,
-        ack_timeout: float,
-    ) -> None:
-        self.by_name: dict[str, Namespace] = {}
-        self.by_id: dict[int, Namespace] = {}
-        self.notices = Notices(ack_timeout)
-        self._make = (fabric, arena, incarnation, self)
-        self._starving: set[Namespace] = set()  # without any slab
-        self._arena = arena
-        self._default = default
-        self._limit = limit
-        self._pool = pool
-        self._next = 1
-        self._lock = asyncio.Lock()
-
-    async def open(self, request: m.OpenNamespace) -> Namespace:
-        """The namespace asked for, made if need be. :raises Refuse: it is not there, or not like that."""
-        async with self._lock:
-            found = self.by_name.get(request.name)
-            if found is None:
-                if request.mode == "open":
-                    raise Refuse(
-                        m.Code.NOT_FOUND, f"there is no namespace {request.name}", "mode create makes it"
-                    )
-                return await self._create(request)
-        _check(found, request)
-        return found
-
-    async def _create(self, request: m.OpenNamespace) -> Namespace:
-        if len(self.by_name) >= self._limit:
-            raise Refuse(m.Code.LIMIT, f"this node has {self._limit} namespaces already", "max_namespaces")
-        settings = Settings(
-            request.block_bytes or self._default.block_bytes,
-            request.align or self._default.align,
-            request.grace_ms * 1_000_000 or self._default.grace_ns,
-        )
-        if not 10_000_000 <= settings.grace_ns <= 60_000_000_000:
-            raise Refuse(m.Code.LIMIT, f"a grace period of {request.grace_ms} ms", "10 to 60000 ms")
-        id, self._next = self._next, self._next + 1
-        ns = await asyncio.get_running_loop().run_in_executor(
-            self._pool, lambda: Namespace(id, request.name, settings, *self._make)
-        )
-        self.by_name[ns.name] = self.by_id[ns.id] = ns
-        if not ns.slabs:
-            self._make_room(ns)
-        ns.start(self._pool, self.notices)
-        log.info(
-            "namespace %s: blocks of up to %d bytes, grace period %g s",
-            ns.name,
-            settings.block_bytes,
-            settings.grace_ns / 1e9,
-        )
-        return ns
-
-    def _make_room(self, ns: Namespace) -> None:
-        """The arena has nothing for a new namespace: the one with most slabs gives up its emptiest."""
-        self._starving.add(ns)
-        donor = max(self.by_name.values(), key=lambda other: len(other.slabs))
-        if len(donor.slabs) > 1:
-            lib.mkv_ns_slab_retire(donor.ns, 0)
-            log.info("namespace %s gives a slab to namespace %s", donor.name, ns.name)
-        else:
-            log.warning("namespace %s has no memory: no other has any to spare (memory, slab_bytes)", ns.name)
-
-    def may_take(self, ns: Namespace) -> bool:
-        """Whether a free slab is for this namespace: those without any come first."""
-        self._starving = {other for other in self._starving if not other.slabs}
-        return int(lib.mkv_arena_free_slabs(self._arena)) > len(self._starving - {ns})
-
-    def wake(self) -> None:
-        """Lets every namespace look for chores."""
-        for ns in self.by_name.values():
-            ns.wake()
-
-    async def close(self) -> None:
-        """Ends all of them; sessions are gone."""
-        for ns in self.by_name.values():
-            await ns.stop()
-        for ns in self.by_name.values():
-            await asyncio.get_running_loop().run_in_executor(self._pool, ns.close)
-        self.by_name.clear()
-        self.by_id.clear()
-
-
-def _check(ns: Namespace, request: m.OpenNamespace) -> None:
-    have = ns.settings
-    wanted = {
-        "block_bytes": (request.block_bytes, have.block_bytes),
-        "align": (request.align, have.align),
-        "grace_ms": (request.grace_ms, have.grace_ns // 1_000_000),
-    }
-    for field, (asked, has) in wanted.items():
-        if asked and asked != has:
-            raise Refuse(
-                m.Code.MISMATCH,
-                f"namespace {ns.name} has {field} {has}, not {asked}",
-                f"{field} 0 takes what it has",
-            )

@@ -41,11 +41,13 @@ from . import messages as m
 from .config import Address, NodeConfig, is_loopback
 from .framing import LocalProtocolError
 from .metrics import Counters, HttpEndpoint
-from .namespace import Namespaces, Settings
+from .namespace import Settings
+from .namespaces import Namespaces
 from .native._store import ffi, lib
 from .protocol import NodeProtocol
 from .puts import PutEngine
 from .session import CHUNK, Session, Shared
+from .sockets import hang_up
 
 log = logging.getLogger("memkv.node")
 
@@ -214,9 +216,11 @@ class Node:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         unproven = sum(not s.protocol.authenticated for s in self.sessions)
         if self.stopping:
-            self._turn_away(writer, m.Code.CLOSING, "the node is going down", "")
+            await self._turn_away(reader, writer, m.Code.CLOSING, "the node is going down", "")
         elif len(self.sessions) >= self.config.max_sessions or unproven >= MAX_UNPROVEN:
-            self._turn_away(writer, m.Code.LIMIT, "too many connections", "max_sessions of the node")
+            await self._turn_away(
+                reader, writer, m.Code.LIMIT, "too many connections", "max_sessions of the node"
+            )
         else:
             session = Session(self._shared, reader, writer)
             task = asyncio.current_task()
@@ -227,11 +231,13 @@ class Node:
             finally:
                 del self.sessions[session]
 
-    def _turn_away(self, writer: asyncio.StreamWriter, code: m.Code, why: str, hint: str) -> None:
+    async def _turn_away(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, code: m.Code, why: str, hint: str
+    ) -> None:
         self.counters.sessions_refused += 1
         with contextlib.suppress(LocalProtocolError):
             writer.write(NodeProtocol(incarnation=self.incarnation).send(m.Refusal(0, code, why, hint)))
-        writer.close()
+        await hang_up(reader, writer)
 
     async def _end_sessions(self) -> None:
         self.stopping = True

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,22 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from ..rdma.errors import DeadlineError, DeviceError, LocalError, MemKVError
+from ..rdma.errors import MemKVError
 from ..rdma.fabric import TABLE_CAPACITY, Endpoint, Fabric, Offer, RailEnd, RegionDesc, RemoteTable
 from . import messages as m
 from .columns import unpack_column
 from .config import NodeConfig
 from .framing import LocalProtocolError, RemoteProtocolError
 from .metrics import Counters
-from .namespace import Namespace, Namespaces, Refuse
+from .namespace import Namespace
+from .namespaces import Namespaces
 from .native._store import ffi, lib
 from .protocol import NodeProtocol, State, printable
 from .puts import PullChannel, PutEngine, PutQueue
+from .refusals import Refuse, code_of
+from .sockets import hang_up, name_of, watch
 
 log = logging.getLogger("memkv.node")
 
 HANDSHAKE_SECONDS = 10.0
-GOODBYE_SECONDS = 1.0  # for the last bytes to leave
 CHUNK = 256 << 10  # bytes of one read
 UNREAD_LIMIT = 32 << 20  # bytes of replies that a peer leaves unread
 INLINE_KEYS = 2048  # larger batches of keys leave the event loop
@@ -72,7 +73,7 @@ class Session:
     def __init__(self, shared: Shared, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.shared = shared
         self.config = shared.config
-        self.peer = _name_of(writer)
+        self.peer = name_of(writer)
         self.protocol = NodeProtocol(shared.config.secret, incarnation=shared.incarnation)
         self.remote = RemoteTable()
         self.withdrawing: set[int] = set()
@@ -92,7 +93,7 @@ class Session:
 
     async def run(self) -> None:
         """Serves the connection until it ends, then gives back all that it owned."""
-        _watch_socket(self._writer)
+        watch(self._writer)
         self._talk = asyncio.create_task(self._converse())
         await asyncio.wait([self._talk])
         self.closing = True
@@ -118,7 +119,7 @@ class Session:
             logging.WARNING if faulty else logging.INFO, "session %s closed: %s", self.peer, printable(reason)
         )
         await self._release()
-        await self._hang_up()
+        await hang_up(self._reader, self._writer)
 
     def lost(self, reason: str) -> None:
         """Ends the session for something that its peer did or failed to do."""
@@ -159,13 +160,6 @@ class Session:
         self.shared.namespaces.notices.gone(self)
         for id in self.queues:
             self.shared.namespaces.by_id[id].sessions.discard(self)
-
-    async def _hang_up(self) -> None:
-        self._writer.close()
-        try:
-            await asyncio.wait_for(self._writer.wait_closed(), GOODBYE_SECONDS)
-        except (TimeoutError, OSError):
-            self._writer.transport.abort()
 
     # --- the connection ---
 
@@ -243,8 +237,9 @@ class Session:
     def _refuse(self, request: int, exc: Exception) -> None:
         """Answers a request with what went wrong."""
         self.shared.counters.refusals += 1
-        code, hint = _code_of(exc), getattr(exc, "hint", "")
-        text = getattr(exc, "message", "") or str(exc)
+        code, text, hint = code_of(exc), str(exc), ""
+        if isinstance(exc, Refuse):
+            text, hint = exc.message, exc.hint
         if code is m.Code.INTERNAL:
             log.error(
                 "session %s: request refused: %s", self.peer, exc, exc_info=not isinstance(exc, MemKVError)
@@ -482,39 +477,7 @@ _SLOW: dict[type, Callable[[Any, Any], Coroutine[Any, Any, m.Message | None]]] =
 }
 
 
-def _code_of(exc: Exception) -> m.Code:
-    if isinstance(exc, Refuse):
-        return exc.code
-    if isinstance(exc, DeadlineError):
-        return m.Code.DEADLINE
-    if isinstance(exc, LocalError) and not isinstance(exc, LocalProtocolError):
-        return m.Code.MISMATCH
-    if isinstance(exc, DeviceError | MemoryError):
-        return m.Code.FULL if isinstance(exc, MemoryError) or exc.errno == 12 else m.Code.INTERNAL
-    return m.Code.INTERNAL
-
-
 def _rail_end(rail: m.RailInfo) -> RailEnd:
     if rail.mtu not in (256, 512, 1024, 2048, 4096):
         raise Refuse(m.Code.PROTOCOL, f"an MTU of {rail.mtu}", "256 to 4096, a power of two")
     return RailEnd(rail.device, rail.gid, rail.qpn, rail.psn, rail.mtu, rail.rd_atomic, rail.lid)
-
-
-def _name_of(writer: asyncio.StreamWriter) -> str:
-    name = writer.get_extra_info("peername")
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
-
-
-def _watch_socket(writer: asyncio.StreamWriter) -> None:
-    """Lets the kernel notice a peer that has vanished: within about a minute."""
-    sock = writer.get_extra_info("socket")
-    for level, option, value in (
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    ):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(level, option, value)

@@ -66,7 +66,8 @@ class RawPeer:
             while self.protocol.welcome is None:
                 self._receive()
         except Exception as exc:
-            self.socket.sendall(getattr(exc, "reply", b""))
+            with contextlib.suppress(OSError):
+                self.socket.sendall(getattr(exc, "reply", b""))
             self.socket.close()
             raise
 
