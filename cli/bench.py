@@ -1,0 +1,103 @@
+"""``memkv-bench``: limit, get, put, mixed, latency, replay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ._group import OneLineGroup
+from .bench_options import Size, loading, options, reaching, wish
+from .report import Row, print_result
+
+
+@click.group("memkv-bench", cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="memkv-bench")
+def main() -> None:
+    """How fast memkv is here, beside what the hardware allows in the same run.
+
+    Ends with 1 if a block was wrong or a call failed. GB are 10⁹ bytes.
+    """
+
+
+def _loads(kind: str, flags: dict[str, Any], **extra: Any) -> int:
+    from .loads import run
+
+    as_json = flags.pop("as_json")
+    result = run(kind, options(flags), **extra)
+    return _finish(*result, as_json=as_json)
+
+
+def _finish(heading: dict[str, Any], rows: list[Row], notes: list[str], *, as_json: bool) -> int:
+    print_result(heading, rows, as_json=as_json, notes=notes)
+    errors = sum(row.errors for row in rows)
+    if errors:
+        click.echo(f"memkv-bench: {errors} errors", err=True)
+    return 1 if errors else 0
+
+
+@main.command()
+@loading
+def limit(**flags: Any) -> int:
+    """Gets and puts beside the plainest READ loop in C, and perftest."""
+    return _loads("limit", flags)
+
+
+@main.command()
+@loading
+def get(**flags: Any) -> int:
+    """Gets from a warm location cache."""
+    return _loads("get", flags)
+
+
+@main.command()
+@loading
+def put(**flags: Any) -> int:
+    """Puts of new blocks."""
+    return _loads("put", flags)
+
+
+@main.command()
+@loading
+@click.option("--put-share", type=click.FloatRange(0, 1), default=0.1, help="Of batches. [0.1]")
+def mixed(put_share: float, **flags: Any) -> int:
+    """Gets and puts at the same time."""
+    return _loads("mixed", flags, put_share=put_share)
+
+
+@main.command()
+@reaching
+@click.option("--size", type=Size(), default="4k", help="Of the block. [4k]")
+@click.option("--calls", type=click.IntRange(10), default=1000, help="Of each kind. [1000]")
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Turns that the calls are divided into. [7]")
+def latency(size: int, calls: int, rounds: int, as_json: bool, **flags: Any) -> int:
+    """One block at a time, and what Python adds to a call."""
+    from .latency import run
+
+    memory = flags.pop("memory") or 0
+    return _finish(*run(wish(flags), memory, size, calls, rounds), as_json=as_json)
+
+
+@main.command()
+@reaching
+@click.option("--trace", "file", type=click.Path(path_type=Path), help="Mooncake's JSON lines. [a generated trace]")
+@click.option("--requests", type=click.IntRange(1), help="The first so many. [all of a file, 120 generated]")
+@click.option("--seed", type=int, default=1, help="Of the generated trace. [1]")
+@click.option("--block-bytes", type=Size(), default="64k", help="KV cache of 512 tokens. [64k]")
+@click.option("--peers", type=click.IntRange(1, 64), default=2, help="Processes that take turns. [2]")
+@click.option("--nodes-count", type=click.IntRange(1, 64), default=1, help="Own nodes. [1]")
+@click.option("--batch", type=click.IntRange(1), default=64, help="Blocks, where everything is got again. [64]")
+@click.option("--verify/--no-verify", default=True, help="Compare every byte of every hit. [on]")
+def replay(as_json: bool, **flags: Any) -> int:
+    """Replays a trace of prompts: match, get the hits, put the rest."""
+    from .replay import Settings, run
+
+    memory = flags.pop("memory") or 0
+    return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="memkv-bench"))

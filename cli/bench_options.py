@@ -1,0 +1,97 @@
+"""Flags that the commands of memkv-bench share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..rdma.errors import LocalError
+from ..store.config import parse_size
+from .cluster import Wish
+from .rig import Options
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    """64k, 1m, 4G, or bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            nbytes = parse_size(value, str(param.opts[0]) if param else "size")
+        except LocalError as error:
+            self.fail(str(error), param, ctx)
+        if nbytes < 1:
+            self.fail("at least one byte", param, ctx)
+        return nbytes
+
+
+class Sizes(click.ParamType):
+    """Several sizes, separated by commas."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(Size().convert(v, param, ctx) for v in str(value).split(","))
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+reaching = _stack(
+    click.option("--nodes", metavar="HOST:PORT,…", help="Existing nodes; by default the benchmark starts its own."),
+    click.option("--memory", type=Size(), help="Of the own node's arena. [enough that nothing is evicted]"),
+    click.option("--fabric", type=click.Choice(["auto", "verbs", "tcp"]), default="auto", help="[auto]"),
+    click.option("--device", "devices", metavar="NAME", multiple=True, help="RDMA device; repeated: several rails."),
+    click.option("--ib-port", type=int, help="Port of the device."),
+    click.option("--gid-index", type=int, help="As memkv-node doctor lists them. [ranked]"),
+    click.option("--secret-file", type=click.Path(), help="The cluster's shared secret; or MEMKV_SECRET."),
+    click.option("--clock", type=click.Choice(["auto", "plain", "strict"]), default="auto", help="How READs are dated."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
+)
+
+loading = _stack(
+    reaching,
+    click.option("--sizes", type=Sizes(), default="64k,1m", help="Block sizes. [64k,1m]"),
+    click.option("--batch", type=click.IntRange(1), default=64, help="Blocks of a batch. [64]"),
+    click.option("--threads", type=click.IntRange(1, 64), default=1, help="Each with a buffer and channel. [1]"),
+    click.option("--depth", type=click.IntRange(1, 64), default=1, help="Batches under way in a thread's hands. [1]"),
+    click.option("--processes", type=click.IntRange(1, 64), default=1, help="Peers, each in a process. [1]"),
+    click.option("--seconds", type=click.FloatRange(0.01), default=3.0, help="Timed, for each row. [3]"),
+    click.option("--rounds", type=click.IntRange(1), default=7, help="Turns that the seconds are divided into. [7]"),
+    click.option("--working-set", type=Size(), default="64m", help="Bytes of blocks that are got. [64m]"),
+    click.option("--verify/--no-verify", default=True, help="Compare every byte, outside of the timed part. [on]"),
+    click.option("--checksum/--no-checksum", default=False, help="The peer verifies payload checksums. [off]"),
+)
+
+
+def wish(flags: dict[str, Any]) -> Wish:
+    """Takes what concerns nodes and fabric out of ``flags``."""
+    nodes = flags.pop("nodes")
+    return Wish(
+        nodes=tuple(n.strip() for n in nodes.split(",") if n.strip()) if nodes else (),
+        fabric=flags.pop("fabric"),
+        devices=tuple(flags.pop("devices")),
+        ib_port=flags.pop("ib_port"),
+        gid_index=flags.pop("gid_index"),
+        secret_file=flags.pop("secret_file"),
+        clock=flags.pop("clock"),
+    )
+
+
+def options(flags: dict[str, Any]) -> Options:
+    """All flags of a load; ``flags`` must hold nothing else."""
+    memory = flags.pop("memory") or 0
+    return Options(wish=wish(flags), memory=memory, **flags)

@@ -1,0 +1,118 @@
+"""perftest's ib_read_bw and ib_read_lat, as the neutral figure beside our own limit: one run over loopback, parsed.
+
+They READ one hot buffer again and again, where a store's blocks lie all over its memory: on a software device that is
+faster by some ten per cent. So the bare loop of :mod:`memkv.cli.limits` is what our figures are divided by.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..rdma.devices import Selection
+
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A figure (GB/s, or p50 µs and percentiles), or None and the reason."""
+
+    value: float | None
+    note: str = ""
+    p99_us: float | None = None
+    p999_us: float | None = None
+
+
+def available(tool: str) -> str:
+    """Empty if the tool is installed, else what to say."""
+    return "" if shutil.which(tool) else f"{tool} is not installed (apt install perftest)"
+
+
+def read_bandwidth(where: Selection, size: int, count: int) -> Outcome:
+    """``count`` READs of ``size`` bytes by ib_read_bw, in GB/s."""
+    text, note = _run("ib_read_bw", where, ["-s", str(size), "-n", str(max(5, count)), "--report_gbits"])
+    found = parse(text, size) if text else None
+    if found is None or not math.isfinite(found[2]):
+        return Outcome(None, note or "ib_read_bw printed no figure")
+    return Outcome(found[2] / 8)  # columns: peak, average, rate
+
+
+def read_latency(where: Selection, size: int, count: int) -> Outcome:
+    """``count`` READs of ``size`` bytes, one at a time, by ib_read_lat, in µs."""
+    text, note = _run("ib_read_lat", where, ["-s", str(size), "-n", str(max(5, count))])
+    found = parse(text, size) if text else None
+    if found is None or len(found) < 8 or not math.isfinite(found[3]):
+        return Outcome(None, note or "ib_read_lat printed no figure")
+    return Outcome(found[3], p99_us=found[6], p999_us=found[7])
+
+
+def parse(text: str, size: int) -> list[float] | None:
+    """The line of figures for ``size``: itself, iterations, then the tool's own columns (bandwidth: peak, average,
+    rate; latency: least, most, typical, mean, deviation, 99 %, 99.9 %), without the iterations' own column."""
+    for line in text.splitlines():
+        words = line.split()
+        if words and words[0] == str(size) and all(re.fullmatch(r"[\d.]+|-?nan|inf", w) for w in words):
+            numbers = [float(w) for w in words]
+            return [numbers[0], *numbers[2:]]
+    return None
+
+
+def _run(tool: str, where: Selection, arguments: list[str]) -> tuple[str, str]:
+    """(output, "") or ("", reason)."""
+    if why := available(tool):
+        return "", why
+    port = _free_port()
+    command = [tool, "-F", "-d", where.device.name, "-i", str(where.port.number), "-x", str(where.gid.gid.index)]
+    command += ["-p", str(port), *arguments]
+    if len(os.sched_getaffinity(0)) == 1:
+        command.append("-e")  # a spinning client would take the processor from the device
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + TIMEOUT
+        while not _listening(port):
+            if server.poll() is not None or time.monotonic() > until:
+                return "", f"{tool}'s server ended with status {server.returncode}"
+            time.sleep(0.02)
+        client = subprocess.run(
+            [*command, "127.0.0.1"], capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL
+        )
+        if client.returncode:
+            lines = (client.stderr or client.stdout).strip().splitlines()
+            return "", f"{tool} failed: {lines[-1].strip() if lines else client.returncode}"
+        return client.stdout, ""
+    except subprocess.TimeoutExpired:
+        return "", f"{tool} did not end within {TIMEOUT:.0f} s"
+    finally:
+        try:
+            server.wait(2)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _listening(port: int) -> bool:
+    """Asked of the kernel: a connection would be taken for the client."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            words = line.split()
+            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                return True
+    return False
