@@ -365,8 +365,10 @@ static void start_key(struct mkv_getjob *g, uint32_t position, int again) {
 
 static int start_keys(struct mkv_getjob *g) {
     int any = 0;
-    if (g->strict_scratch && g->epoch_state == EPOCH_UNKNOWN)
+    if (g->strict_scratch && g->epoch_state == EPOCH_UNKNOWN) {
         ask_epoch(g, EPOCH_ASKED);
+        any = g->epoch_state == EPOCH_ASKED; /* to be flushed, like the rest */
+    }
     while (g->free_flights && (g->epoch_state >= EPOCH_KNOWN || !g->strict_scratch)) {
         if (g->redone < g->redo)
             start_key(g, redo_list(g)[g->redone++], 1);
