@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from rich.table import Table
 from ..rdma.errors import LocalError, RemoteError
 
 TIMEOUT = 5.0
+WHICH = "--metrics-url is the node's --metrics, not its --listen"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -28,6 +30,8 @@ def fetch(url: str) -> dict[str, Any]:
     try:
         with opener.open(f"{base}/status", timeout=TIMEOUT) as answer:
             status = json.load(answer)
+    except http.client.HTTPException:
+        raise RemoteError(f"{base} does not speak HTTP", WHICH) from None
     except (OSError, ValueError) as exc:
         why = exc.reason if isinstance(exc, urllib.error.URLError) else exc
         raise RemoteError(
