@@ -83,7 +83,9 @@ def _u64(x: ArrayLike) -> U64:
 def pack_location(state: ArrayLike, slab: ArrayLike, offset: ArrayLike, moved: ArrayLike = 0) -> U64:
     """Location words; ``offset`` is the payload's in bytes, a multiple of 512."""
     units = _u64(offset) // np.uint64(OFFSET_UNIT)
-    return _u64(state) | _u64(moved) << np.uint64(3) | _u64(slab) << np.uint64(4) | units << np.uint64(24)
+    return _u64(
+        _u64(state) | _u64(moved) << np.uint64(3) | _u64(slab) << np.uint64(4) | units << np.uint64(24)
+    )
 
 
 def location_state(location: ArrayLike) -> U64:
