@@ -136,13 +136,21 @@ static void begin_lookup(struct mkv_getjob *g, uint32_t f) {
         fl->broken = 1;
 }
 
-static void begin_block(struct mkv_getjob *g, uint32_t f) {
+/* `cached`: the location is not of a look-up made just now. */
+static void begin_block(struct mkv_getjob *g, uint32_t f, int cached) {
     struct mkv_flight *fl = &g->flights[f];
     uint32_t k = key_of(g, fl->position), slab = mkv_location_slab(fl->slot.location);
     uint64_t payload = mkv_location_offset(fl->slot.location);
     uint8_t *line = flight_scratch(g, f);
     const struct mkv_slice *to = &g->slices[k];
-    if (!mkv_table_get(g->job.ch->remote, slab)) {
+    int known = mkv_table_get(g->job.ch->remote, slab) != 0;
+    if (!known && cached) { /* it was retired since, most likely; the block may be elsewhere by now */
+        mkv_cache_drop(g->view->cache, key_bytes(g, fl->position));
+        count(&g->view->stale, 1);
+        begin_lookup(g, f);
+        return;
+    }
+    if (!known) {
         g->unknown++;
         land(g, f, MKV_PENDING);
         return;
@@ -247,6 +255,7 @@ static void block_done(struct mkv_getjob *g, uint32_t f, const struct mkv_done *
     }
     if (g->checksum && !checksum_agrees(g, f)) {
         mkv_cache_drop(g->view->cache, key_bytes(g, fl->position));
+        count(&g->view->corrupt, 1);
         land(g, f, MKV_CORRUPT);
         return;
     }
@@ -289,7 +298,7 @@ static void lookup_done(struct mkv_getjob *g, uint32_t f) {
         return;
     }
     fl->slot = slot;
-    begin_block(g, f);
+    begin_block(g, f, 0);
 }
 
 /* The epoch line is here: it starts the batch, or judges the hits that were complete when it was asked for.
@@ -357,7 +366,7 @@ static void start_key(struct mkv_getjob *g, uint32_t position, int again) {
     if (g->slices && !again && !g->fresh &&
         mkv_cache_get(g->view->cache, key_bytes(g, position), &fl->slot)) {
         count(&g->view->cached, 1);
-        begin_block(g, f);
+        begin_block(g, f, 1);
     } else {
         begin_lookup(g, f);
     }
