@@ -21,8 +21,8 @@ Slices = npt.NDArray[np.void]
 class Buffer:
     """Memory known to a peer. Made by :meth:`memkv.Peer.register`; stays registered until :meth:`close`.
 
-    Two regions lie over it: one that READs of gets may land in, which nobody else can reach, and one that nodes
-    may READ puts from, into which nothing can be written.
+    Two regions lie over it: one that READs of gets may land in, which nobody else can reach, and one that
+    nodes may READ puts from, into which nothing can be written.
     """
 
     def __init__(self, peer: Peer, memory: Memory, into: Region | None, out: Region) -> None:
@@ -44,16 +44,24 @@ class Buffer:
         :param offsets: bytes from the start of the buffer. :param lengths: bytes; one for all, or one each.
         :raises LocalError: a slice is not inside the buffer.
         """
-        start = np.atleast_1d(np.asarray(offsets, dtype=np.uint64))
-        size = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), start.shape)
-        if start.size and int((start + size).max()) > self.nbytes:
+        try:
+            start = np.atleast_1d(np.asarray(offsets, dtype=np.uint64))
+            size = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), start.shape)
+        except (OverflowError, ValueError) as exc:
+            raise LocalError(f"offsets and lengths of slices: {exc}") from None
+        nbytes = np.uint64(self.nbytes)
+        if (size > nbytes - np.minimum(start, nbytes)).any() or (start > nbytes).any():
             raise LocalError(f"a slice ends beyond the buffer's {self.nbytes} bytes")
+        if start.size and int(size.max()) >= 1 << 32:
+            raise LocalError(f"a slice of {int(size.max())} bytes", "blocks are shorter than 4 GiB")
         out = np.empty(start.shape, SLICE)
         out["offset"], out["region"], out["length"] = start, self.id, size
         return out
 
     def split(self, block_bytes: int) -> Slices:
         """The whole buffer as slices of ``block_bytes``, as many as fit."""
+        if block_bytes <= 0:
+            raise LocalError(f"slices of {block_bytes} bytes")
         return self.slices(np.arange(self.nbytes // block_bytes, dtype=np.uint64) * block_bytes, block_bytes)
 
     def close(self) -> None:
