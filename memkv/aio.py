@@ -1,4 +1,6 @@
-"""The peer for asyncio: the same calls, awaited. A batch makes progress on a C thread, whatever the event loop does."""
+"""The peer for asyncio: the same calls, awaited. A batch makes progress on a C thread, whatever the event
+loop does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import numpy.typing as npt
 
 from .batches import Batch, as_keys
 from .buffers import Slices
-from .rdma.errors import LocalError
 
 if TYPE_CHECKING:
     from .peer import Peer
@@ -30,15 +31,11 @@ class AsyncPeer:
         self._peer = peer
 
     async def _on_control(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.shield(
-            asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._peer.loop))
-        )
+        return await asyncio.shield(asyncio.wrap_future(self._peer._start(coroutine)))
 
     async def get_into(
         self, keys: Any, slices: Slices, *, timeout: float | None = None, checksum: bool | None = None
     ) -> Statuses:
-        if self._peer._closed:
-            raise LocalError("the peer is closed")
         verify = self._peer.checksum if checksum is None else checksum
         batch = Batch(as_keys(keys), slices, verify, False)
         return (await self._on_control(self._peer._run_async(batch, timeout))).status
@@ -52,8 +49,7 @@ class AsyncPeer:
         durability: str = "memory",
         checksums: npt.NDArray[np.uint64] | None = None,
     ) -> Statuses:
-        t = self._peer.timeout if timeout is None else timeout
-        return await self._on_control(self._peer._put(as_keys(keys), slices, t, durability, checksums))
+        return await self._on_control(self._peer._put(as_keys(keys), slices, timeout, durability, checksums))
 
     async def match(self, keys: Any, *, timeout: float | None = None) -> int:
         return await asyncio.to_thread(self._peer.match, keys, timeout=timeout)

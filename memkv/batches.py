@@ -1,4 +1,6 @@
-"""One batch of keys over the nodes that hold them: who gets which keys, one C job per node, one array of statuses."""
+"""One batch of keys over the nodes that hold them: who gets which keys, one C job per node, one array of
+statuses.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .buffers import SLICE
 from .channels import ReadChannel
 from .native._peer import ffi
 from .rdma.errors import LocalError
@@ -24,12 +27,21 @@ def as_keys(keys: Any) -> Keys:
     """
     if not isinstance(keys, np.ndarray):
         keys = list(keys)
-        if any(len(k) != 16 for k in keys):
-            raise LocalError("a key has 16 bytes", "memkv.keys makes them")
+        if not all(isinstance(k, bytes | bytearray | memoryview) and len(k) == 16 for k in keys):
+            raise LocalError("a key is 16 bytes", "memkv.keys makes them")
         keys = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)
     if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 16:
         raise LocalError(f"keys are an array of shape (n, 16) and dtype uint8, not {keys.shape} {keys.dtype}")
     return np.ascontiguousarray(keys)
+
+
+def check_slices(slices: Any, n: int) -> None:
+    """:raises LocalError: not n of them, or not made by :meth:`Buffer.slices`: C takes them as they lie
+    there.
+    """
+    if getattr(slices, "dtype", None) != SLICE or slices.shape != (n,) or not slices.flags.c_contiguous:
+        what = f"{slices.shape} {slices.dtype}" if isinstance(slices, np.ndarray) else type(slices).__name__
+        raise LocalError(f"{n} keys need as many slices, contiguous, not {what}", "Buffer.slices")
 
 
 def _pointer(kind: str, array: npt.NDArray[Any] | None) -> Any:
@@ -47,8 +59,8 @@ class Batch:
 
     def __init__(self, keys: Keys, slices: Any, checksum: bool, fresh: bool, timed: bool = False) -> None:
         n = len(keys)
-        if slices is not None and (len(slices) != n or not slices.flags.c_contiguous):
-            raise LocalError(f"{n} keys need as many slices, contiguous, not {len(slices)}", "Buffer.slices")
+        if slices is not None:
+            check_slices(slices, n)
         self.keys = keys
         self.slices = slices
         self.checksum = checksum
@@ -60,6 +72,7 @@ class Batch:
 
     def load(self, session: Session, channel: ReadChannel, index: Index, timeout: float) -> Any:
         """Puts the keys at ``index`` (None: all) on a channel; the C job, ready to be driven."""
+        self.under_way.append((session, channel, index))
         n = len(self.keys) if index is None else len(index)
         job = channel.job
         strict = np.zeros(3 * n, np.uint32) if channel.view.strict else None
@@ -75,7 +88,6 @@ class Batch:
         job.fresh = self.fresh
         channel.keep = (self, index, strict)
         channel.start(timeout)
-        self.under_way.append((session, channel, index))
         return job
 
     def set(self, index: Index, status: Status) -> None:
@@ -83,17 +95,24 @@ class Batch:
         self.status[slice(None) if index is None else index] = status
 
     def unload(self) -> list[tuple[Session, Index]]:
-        """Gives the channels back after their jobs are done. What is left PENDING met a slab that is not known yet:
-        those come back, to be loaded again once the session has been refreshed."""
+        """Gives the channels back after their jobs are done. What is left PENDING met a slab that is not
+        known yet: those come back, to be loaded again once the session has been refreshed.
+        """
         again: list[tuple[Session, Index]] = []
         for session, channel, index in self.under_way:
             job = channel.job
             undrained, unknown = job.job.undrained, job.unknown
+            if job.job.rc:  # late, or the channel broke
+                session.doubt()
             session.pool.give_back(channel)  # destroys it if it is broken: from here nothing can write
             if undrained:
                 self._replace_pending(index, Status.TIMEOUT)
             elif unknown:
-                mine = np.flatnonzero(self.status == Status.PENDING) if index is None else index[self.status[index] == 0]
+                mine = (
+                    np.flatnonzero(self.status == Status.PENDING)
+                    if index is None
+                    else index[self.status[index] == 0]
+                )
                 again.append((session, mine.astype(np.uint32)))
             elif session.view.table_changed and session.closed is None:
                 session.view.table_changed = 0

@@ -1,4 +1,6 @@
-"""Channels that a peer READs over: each with its scratch memory and its job, checked out by one batch at a time."""
+"""Channels that a peer READs over: each with its scratch memory and its job, checked out by one batch at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,10 @@ class ReadChannel:
         return not ffi.cast("struct mkv_channel *", self.endpoint.channel).broken
 
     def start(self, timeout: float) -> None:
-        """Readies the job whose inputs have been set."""
+        """Readies the job whose inputs have been set. With no time left it ends at its first step."""
         self.uses += 1
-        lib.mkv_getjob_init(self.job, ffi.cast("struct mkv_channel *", self.endpoint.channel), int(timeout * 1e9))
+        channel = ffi.cast("struct mkv_channel *", self.endpoint.channel)
+        lib.mkv_getjob_init(self.job, channel, max(0, int(timeout * 1e9)))
 
     def close(self) -> None:
         self.endpoint.close()
@@ -82,7 +85,11 @@ class ChannelPool:
             self._busy.add(channel)
             return channel
 
-    def _request(self) -> concurrent.futures.Future[ReadChannel]:
+    def request(self) -> concurrent.futures.Future[ReadChannel]:
+        """A channel for the caller alone, as soon as one is free or opened; or the reason why there is none.
+
+        Who does not wait for it any longer says :meth:`forgo`.
+        """
         future: concurrent.futures.Future[ReadChannel] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
@@ -100,31 +107,30 @@ class ChannelPool:
             asyncio.run_coroutine_threadsafe(self._add(), self._loop)
         return future
 
-    def take(self, timeout: float) -> ReadChannel:
-        """A channel for the caller alone; blocks until one is free or opened.
+    def forgo(self, future: concurrent.futures.Future[ReadChannel]) -> None:
+        """Takes a request back; if it was granted meanwhile, the channel goes to somebody else."""
+        if not future.cancel() and not future.exception():
+            self.give_back(future.result())
+
+    async def take(self, timeout: float) -> ReadChannel:
+        """The same on the control thread.
 
         :raises DeadlineError: none within ``timeout`` seconds. :raises MemKVError: the link is down.
         """
-        future = self._request()
-        try:
-            return future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            if not future.cancel() and not future.exception():
-                self.give_back(future.result())
-            raise DeadlineError("no channel was free in time", "max_channels, or a longer timeout") from None
-
-    async def take_async(self, timeout: float) -> ReadChannel:
-        """The same on the control thread."""
-        future = self._request()
+        future = self.request()
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), timeout)
+        except DeadlineError:  # of whoever tried to open it: a TimeoutError too
+            raise
         except TimeoutError:
-            if not future.cancel() and not future.exception():
-                self.give_back(future.result())
+            self.forgo(future)
             raise DeadlineError("no channel was free in time", "max_channels, or a longer timeout") from None
 
     async def warm(self) -> None:
-        """Opens a first channel, so that the first batch need not. :raises MemKVError: it cannot be opened."""
+        """Opens a first channel, so that the first batch need not.
+
+        :raises MemKVError: it cannot be opened.
+        """
         channel = await self._open()
         with self._lock:
             self._busy.add(channel)
@@ -150,19 +156,17 @@ class ChannelPool:
         self.give_back(channel)
 
     def give_back(self, channel: ReadChannel) -> None:
-        """Ends a checkout. A broken channel is destroyed; somebody who waits gets a good one."""
-        channel.keep = None
-        usable = channel.usable and self._closed is None
+        """Ends a checkout. A broken channel is destroyed; somebody who waits gets a good one.
+
+        A broken one stays busy until it is destroyed: whoever waits in :meth:`quiesce` wants to hear that no
+        device can write any more.
+        """
         receiver: concurrent.futures.Future[ReadChannel] | None = None
-        reopen = False
         with self._lock:
-            self._busy.discard(channel)
-            for waiting_for, future in self._quiet[:]:
-                waiting_for.discard(channel)
-                if not waiting_for:
-                    self._quiet.remove((waiting_for, future))
-                    self._loop.call_soon_threadsafe(_finish, future)
+            usable = channel.usable and self._closed is None
             if usable:
+                channel.keep = None
+                self._release(channel)
                 while self._waiting:
                     candidate = self._waiting.popleft()
                     if candidate.set_running_or_notify_cancel():
@@ -171,15 +175,27 @@ class ChannelPool:
                         break
                 if receiver is None:
                     self._idle.append(channel)
-            elif self._waiting and self._closed is None:
-                reopen = True
-                self._opening += 1
         if receiver is not None:
             receiver.set_result(channel)
-        if not usable:
-            channel.close()
+        if usable:
+            return
+        channel.close()
+        channel.keep = None
+        with self._lock:
+            self._release(channel)
+            reopen = bool(self._waiting) and self._closed is None
+            self._opening += reopen
         if reopen:
             asyncio.run_coroutine_threadsafe(self._add(), self._loop)
+
+    def _release(self, channel: ReadChannel) -> None:
+        """The channel is of no batch any more; the lock is held."""
+        self._busy.discard(channel)
+        for waiting_for, future in self._quiet[:]:
+            waiting_for.discard(channel)
+            if not waiting_for:
+                self._quiet.remove((waiting_for, future))
+                self._loop.call_soon_threadsafe(_finish, future)
 
     async def quiesce(self) -> None:
         """Waits until every batch that is under way now has ended."""

@@ -1,8 +1,8 @@
 """The link to one node: a session that is made again when it is lost, behind a circuit breaker.
 
-A batch asks for ``session`` and gets the one that is up, or None at once: a dead node costs its keys, never time. In the
-background the link dials again, waiting between attempts from 50 ms up to 2 s, with jitter, so that the peers of a
-restarted node do not arrive together.
+A batch asks for ``session`` and gets the one that is up, or None at once: a dead node costs its keys, never
+time. In the background the link dials again, waiting between attempts from 50 ms up to 2 s, with jitter, so
+that the peers of a restarted node do not arrive together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from .rdma.errors import MemKVError
 from .session import Session, Settings
-from .store.protocol import RefusedError
+from .store.framing import RefusedError
 
 log = logging.getLogger("memkv.peer")
 

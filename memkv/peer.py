@@ -1,18 +1,20 @@
 """The peer: what an inference engine holds to find, fetch and keep blocks.
 
-Gets run on the caller's own thread, in C, without the GIL; nothing of the node's CPU is involved. Control (connecting,
-puts, pins, notices) and asynchronous batches live on one background thread with an asyncio loop. All methods may be
-called from any thread.
+Gets run on the caller's own thread, in C, without the GIL; nothing of the node's CPU is involved. Control
+(connecting, puts, pins, notices) and asynchronous batches live on one background thread with an asyncio loop.
+All methods may be called from any thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -21,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .aio import AsyncPeer
-from .batches import Batch, Index, Keys, as_keys
+from .batches import Batch, Index, Keys, as_keys, check_slices
 from .buffers import Buffer, Slices
-from .channels import ReadChannel
+from .channels import ChannelPool, ReadChannel
 from .fabrics import choose_fabric
 from .gpudirect.buffers import resolve
 from .link import Link
@@ -47,6 +49,8 @@ Statuses = npt.NDArray[np.uint8]
 GALLOP = (16, 64, 256)  # keys looked up one-sidedly before match asks the nodes
 MESSAGE_KEYS = 16384
 DEFAULT_PORT = 7420
+LONGEST = 3600.0  # seconds that a call may be given
+LONGEST_PIN_MS = 2**32 - 1
 
 
 def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None) -> bytes:
@@ -115,6 +119,8 @@ class Peer:
         self._placement = Placement(names)
         self._links = [Link(name, settings, self._attach) for name in names]
         self._buffers: dict[int, Buffer] = {}
+        self._pools: weakref.WeakSet[ChannelPool] = weakref.WeakSet()  # of sessions that are over, too
+        self._work: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._tickets: deque[Ticket] = deque()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -125,7 +131,7 @@ class Peer:
         self._thread = threading.Thread(target=self._control, name="memkv-control", daemon=True)
         self._thread.start()
         try:
-            self._call(self._connect(), timeout * 2 + 5)
+            self._call(self._connect(), timeout * 4)
         except BaseException:
             self.close()
             raise
@@ -137,14 +143,52 @@ class Peer:
         self.loop.add_reader(self._progress.fd, self._reap_jobs)
         self.loop.run_forever()
         self.loop.remove_reader(self._progress.fd)
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
-        """Runs a coroutine on the control thread and waits for it."""
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs a coroutine on the control thread. :meth:`close` waits for it.
+
+        :raises LocalError: the peer is closed.
+        """
+
+        async def tracked() -> T:
+            task: Any = asyncio.current_task()
+            self._work.add(task)
+            try:
+                return await coroutine
+            finally:
+                self._work.discard(task)
+
+        if not self._closed:
+            running = tracked()
+            try:
+                return asyncio.run_coroutine_threadsafe(running, self.loop)
+            except RuntimeError:  # closed just now
+                running.close()
+        coroutine.close()
+        raise LocalError("the peer is closed")
+
+    def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        """The same, and waits for it. It should end by itself: ``timeout`` is for what should not happen."""
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise LocalError("a blocking call from a callback of memkv itself", "use peer.aio")
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+        future = self._start(coroutine)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            if future.done():  # a DeadlineError of its own
+                raise
+            future.cancel()
+            raise DeadlineError("this took longer than it may", "a longer timeout") from None
+
+    def _seconds(self, timeout: float | None) -> float:
+        return min(max(0.0, self.timeout if timeout is None else timeout), LONGEST)
 
     def _reap_jobs(self) -> None:
         for future in self._progress.reap():
@@ -155,9 +199,9 @@ class Peer:
         errors = await asyncio.gather(*(link.connect() for link in self._links), return_exceptions=True)
         failures = [e for e in errors if isinstance(e, BaseException)]
         for link, error in zip(self._links, errors, strict=True):
-            if isinstance(error, MemKVError):
-                link.error = error
-                log.warning("%s: %s", link.address, error)
+            if isinstance(error, BaseException):
+                link.error = error if isinstance(error, MemKVError) else MemKVError(f"{error!r}")
+                log.warning("%s: %s", link.address, link.error)
         if len(failures) == len(self._links):
             raise failures[0]
         for link in self._links:
@@ -167,26 +211,32 @@ class Peer:
         assert session.welcome is not None
         local = session.writer.get_extra_info("sockname")[0]
         if self.fabric is None:
-            self.fabric = choose_fabric(session.welcome.fabrics, local, **self._fabric_wish)
-            self._get_domain = self.fabric.domain()
-            self._put_domain = self.fabric.domain()
+            fabric = choose_fabric(session.welcome.fabrics, local, **self._fabric_wish)
+            self._get_domain, self._put_domain = fabric.domain(), fabric.domain()
+            self.fabric = fabric
         elif self.fabric.name not in session.welcome.fabrics:
             raise MemKVError(
                 f"this node offers {session.welcome.fabrics}, the others are used over {self.fabric.name}",
                 "all nodes of a cluster need one fabric: memkv-node serve --fabric",
             )
-        regions = [to_region(b.desc) for b in self._buffers.values()]
-        await session.attach(self._get_domain, self._put_domain, regions)
+        offered = list(self._buffers.values())
+        await session.attach(self._get_domain, self._put_domain, [to_region(b.desc) for b in offered])
+        self._pools.add(session.pool)
+        while late := [b for b in list(self._buffers.values()) if b not in offered]:  # registered meanwhile
+            offered += late
+            await session.offer([b.desc for b in late])
 
     # --- buffers ---
 
     def register(self, buffer: Any) -> Buffer:
         """Registers memory for gets and puts.
 
-        :param buffer: anything with the buffer protocol, or ``(pointer, size in bytes)``; it must stay where it is until
-            the :class:`Buffer` is closed. A read-only one can only be put from.
+        :param buffer: anything with the buffer protocol, or ``(pointer, size in bytes)``; it must stay where
+            it is until the :class:`Buffer` is closed. A read-only one can only be put from.
         :raises LocalError: not usable memory. :raises DeviceError: the kernel refuses (memlock).
         """
+        if self._closed:
+            raise LocalError("the peer is closed")
         memory = resolve(buffer)
         into = None
         if memory.writable:
@@ -209,20 +259,22 @@ class Peer:
         if self._buffers.pop(handle.id, None) is None:
             return
         if not self._closed:
-            ids = np.array([handle.id], "<u4").tobytes()
-            self._call(self._let_go(ids), self.timeout * 2 + 1)
+            self._call(self._let_go(np.array([handle.id], "<u4").tobytes()), None)
         for region in (handle._into, handle._out):
             if region is not None:
                 region.close()
 
     async def _let_go(self, ids: bytes) -> None:
+        """Ends when neither a node nor a batch of ours uses the regions: batches have deadlines, and so have
+        nodes. A batch may go on although its session is over, so the sessions that are up are not enough.
+        """
         await self._tell_all(lambda s: s.ask(lambda r: m.WithdrawRegions(r, ids)), fatal=True)
-        for session in self._sessions():
-            await session.pool.quiesce()
+        await asyncio.gather(*(pool.quiesce() for pool in list(self._pools)))
 
     async def _tell_all(self, action: Any, fatal: bool = False) -> None:
-        """Does ``action(session)`` for all that are up. One that fails loses its session if that is ``fatal``; else it
-        is only logged: the next session is told everything anew."""
+        """Does ``action(session)`` for all that are up. One that fails loses its session if that is
+        ``fatal``; else it is only logged: the next session is told everything anew.
+        """
         sessions = self._sessions()
         for session, error in zip(
             sessions, await asyncio.gather(*map(action, sessions), return_exceptions=True), strict=True
@@ -252,7 +304,8 @@ class Peer:
 
         :param keys: (n, 16) uint8, the blocks of a prefix in order.
 
-        Up to 336 keys by one-sided READs of the index; the rest, if it comes to that, by one message per node.
+        Up to 336 keys by one-sided READs of the index; the rest, if it comes to that, by one message per
+        node.
         """
         keys = as_keys(keys)
         start = 0
@@ -299,8 +352,8 @@ class Peer:
         :param keys: (n, 16) uint8, or a sequence of 16-byte strings.
         :param slices: where each goes (:meth:`Buffer.slices`), with room for the whole block.
         :param timeout: seconds for the batch; the peer's default if None.
-        :param checksum: verify payloads too; by default as the peer was made. Key, length, generation and time are
-            always verified.
+        :param checksum: verify payloads too; by default as the peer was made. Key, length, generation and
+            time are always verified.
         :param lengths: (n,) uint32, receives the length of each HIT in bytes.
         :returns: (n,) uint8 of :class:`~memkv.status.Status`; a slice's content is undefined unless HIT.
         """
@@ -314,34 +367,58 @@ class Peer:
         """Drives a batch to its end on this thread."""
         if self._closed:
             raise LocalError("the peer is closed")
-        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        until = time.monotonic() + self._seconds(timeout)
         parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
         for attempt in range(3):
-            jobs = []
-            for session, index in parts:
-                channel = self._take(session, batch, index, until)
-                if channel is not None and session is not None:
-                    jobs.append(batch.load(session, channel, index, until - time.monotonic()))
-            if jobs:
-                run(jobs)
-            again = batch.unload()
+            again = self._round(batch, parts, until)
             if not again:
                 break
             parts = self._refresh(batch, again, until, attempt)
         self._note_hits(batch)
         return batch
 
-    def _take(self, session: Session | None, batch: Batch, index: Index, until: float) -> ReadChannel | None:
-        if session is None:
-            batch.set(index, Status.ERROR_UNREACHABLE)
-            return None
+    def _round(
+        self, batch: Batch, parts: Sequence[tuple[Session | None, Index]], until: float
+    ) -> list[tuple[Session, Index]]:
+        """Each part over a channel to its node, all at once; one that has to wait for a channel holds up no
+        other.
+
+        :returns: as :meth:`Batch.unload`.
+        """
+        jobs: list[Any] = []
+        again: list[tuple[Session, Index]] = []
+        waiting: dict[concurrent.futures.Future[ReadChannel], tuple[Session, Index]] = {}
         try:
-            return session.pool.try_take() or session.pool.take(max(0.0, until - time.monotonic()))
-        except DeadlineError:
-            batch.set(index, Status.TIMEOUT)
-        except MemKVError:
-            batch.set(index, Status.ERROR_UNREACHABLE)
-        return None
+            for session, index in parts:
+                if session is None:
+                    batch.set(index, Status.ERROR_UNREACHABLE)
+                elif (channel := session.pool.try_take()) is not None:
+                    jobs.append(batch.load(session, channel, index, until - time.monotonic()))
+                else:
+                    waiting[session.pool.request()] = (session, index)
+            while jobs or waiting:
+                if jobs:
+                    run(jobs)
+                    again += batch.unload()
+                jobs = []
+                if not waiting:
+                    break
+                left = max(0.0, until - time.monotonic())
+                granted, _ = concurrent.futures.wait(waiting, left, concurrent.futures.FIRST_COMPLETED)
+                if not granted:
+                    break
+                for future in granted:
+                    session, index = waiting.pop(future)
+                    if (error := future.exception()) is None:
+                        jobs.append(batch.load(session, future.result(), index, until - time.monotonic()))
+                    else:
+                        batch.set(index, _no_channel(error))
+        finally:
+            batch.unload()  # there is something left only if this was interrupted
+            for future, (session, index) in waiting.items():
+                batch.set(index, Status.TIMEOUT)
+                session.pool.forgo(future)
+        return again
 
     def _refresh(
         self, batch: Batch, again: list[tuple[Session, Index]], until: float, attempt: int
@@ -359,26 +436,14 @@ class Peer:
 
     async def _run_async(self, batch: Batch, timeout: float | None) -> Batch:
         """The same on the control thread, driven by the progress thread."""
-        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        until = time.monotonic() + self._seconds(timeout)
         parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
         for attempt in range(3):
-            futures = []
-            for session, index in parts:
-                if session is None:
-                    batch.set(index, Status.ERROR_UNREACHABLE)
-                    continue
-                try:
-                    channel = await session.pool.take_async(max(0.0, until - time.monotonic()))
-                except MemKVError as exc:
-                    late = isinstance(exc, DeadlineError)
-                    batch.set(index, Status.TIMEOUT if late else Status.ERROR_UNREACHABLE)
-                    continue
-                future: asyncio.Future[None] = self.loop.create_future()
-                self._progress.submit(batch.load(session, channel, index, until - time.monotonic()), future)
-                futures.append(future)
-            if futures:
-                await asyncio.shield(asyncio.gather(*futures))
+            driven = [self._drive(batch, session, index, until) for session, index in parts]
+            faults = [e for e in await asyncio.gather(*driven, return_exceptions=True) if e is not None]
             again = batch.unload()
+            if faults:
+                raise faults[0]
             if not again:
                 break
             parts = []
@@ -386,11 +451,24 @@ class Peer:
                 if attempt == 2:
                     batch.set(index, Status.STALE)
                     continue
-                with contextlib.suppress(MemKVError):
-                    await session.refresh()
+                with contextlib.suppress(MemKVError, TimeoutError):
+                    await asyncio.wait_for(session.refresh(), max(0.0, until - time.monotonic()))
                 parts.append((session if session.closed is None else None, index))
         self._note_hits(batch)
         return batch
+
+    async def _drive(self, batch: Batch, session: Session | None, index: Index, until: float) -> None:
+        if session is None:
+            batch.set(index, Status.ERROR_UNREACHABLE)
+            return
+        try:
+            channel = session.pool.try_take() or await session.pool.take(max(0.0, until - time.monotonic()))
+        except MemKVError as exc:
+            batch.set(index, _no_channel(exc))
+            return
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._progress.submit(batch.load(session, channel, index, until - time.monotonic()), future)
+        await future
 
     def _note_hits(self, batch: Batch) -> None:
         if self._touches is None or batch.slices is None:
@@ -414,23 +492,26 @@ class Peer:
     ) -> Statuses:
         """Has the nodes pull blocks out of registered memory and keep them.
 
-        :param slices: what to keep; each slice's length is the block's. It must not change until this returns.
+        :param slices: what to keep; each slice's length is the block's. It must not change until this
+            returns.
         :param durability: "memory", or "flash" where the node has some.
         :param checksums: (n,) uint64 as docs/layout.md defines them; without them the node computes its own.
-        :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the slices.
+        :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the
+            slices.
         """
-        t = self.timeout if timeout is None else timeout
-        return self._call(self._put(as_keys(keys), slices, t, durability, checksums), t * 2 + 10)
+        work = self._put(as_keys(keys), slices, timeout, durability, checksums)
+        return self._call(work, self._seconds(timeout) * 2 + 10)
 
     async def _put(
-        self, keys: Keys, slices: Slices, timeout: float, durability: str, checksums: Any
+        self, keys: Keys, slices: Slices, timeout: float | None, durability: str, checksums: Any
     ) -> Statuses:
-        if self._closed:
-            raise LocalError("the peer is closed")
-        if len(slices) != len(keys):
-            raise LocalError(f"{len(keys)} keys need as many slices, not {len(slices)}", "Buffer.slices")
+        check_slices(slices, len(keys))
+        if checksums is not None and (np.shape(checksums) != (len(keys),) or checksums.dtype != np.uint64):
+            raise LocalError(
+                "checksums are an array of dtype uint64, one per key", "docs/layout.md, Checksum"
+            )
         status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
-        until = time.monotonic() + timeout
+        until = time.monotonic() + self._seconds(timeout)
         tasks = []
         for link, index in self._parts(keys) if len(keys) else []:
             if link.session is not None:
@@ -443,7 +524,7 @@ class Peer:
         return status
 
     def touch(self, keys: Any) -> None:
-        """Tells the nodes that blocks are in use, so that they are evicted later. Gets do so by themselves."""
+        """Tells the nodes that blocks are in use, so that they are evicted later. Gets do it themselves."""
         keys = as_keys(keys)
         self._call(self._touch(keys), self.timeout)
 
@@ -456,11 +537,14 @@ class Peer:
                     session.say(m.Touch(session.info.namespace, mine[i : i + MESSAGE_KEYS].tobytes()))
 
     def pin(self, keys: Any, ttl: float, *, timeout: float | None = None) -> Statuses:
-        """Keeps blocks from being evicted for ``ttl`` seconds (from 0.001): DONE, MISS, or ERROR_FULL over the limit."""
-        ms = max(1, round(ttl * 1000))
-        return self._rpc(
-            as_keys(keys), timeout, lambda s, k, t: lambda r: m.Pin(r, s.info.namespace, k, ms)
-        )
+        """Keeps blocks from being evicted for ``ttl`` seconds: DONE, MISS, or ERROR_FULL over the limit.
+
+        :raises LocalError: ``ttl`` is not between 1 ms and 49 days.
+        """
+        ms = round(ttl * 1000)
+        if not 1 <= ms <= LONGEST_PIN_MS:
+            raise LocalError(f"a pin of {ttl:g} seconds", "ttl: 0.001 s to 49 days")
+        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Pin(r, s.info.namespace, k, ms))
 
     def unpin(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         """Takes one pin back: DONE or MISS."""
@@ -468,10 +552,12 @@ class Peer:
 
     def delete(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         """Removes blocks: DONE or MISS. What was acknowledged as deleted is never served again."""
-        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Delete(r, s.info.namespace, k, t))
+        return self._rpc(
+            as_keys(keys), timeout, lambda s, k, t: lambda r: m.Delete(r, s.info.namespace, k, t)
+        )
 
     def _rpc(self, keys: Keys, timeout: float | None, make: Any) -> Statuses:
-        t = self.timeout if timeout is None else timeout
+        t = self._seconds(timeout)
         return self._call(self._rpc_async(keys, t, make), t + 5)
 
     async def _rpc_async(self, keys: Keys, timeout: float, make: Any) -> Statuses:
@@ -492,7 +578,9 @@ class Peer:
         for link, index in self._parts(keys) if len(keys) else []:
             if link.session is not None:
                 whole = np.arange(len(keys), dtype=np.uint32) if index is None else index
-                tasks += [one(link.session, whole[i : i + MESSAGE_KEYS]) for i in range(0, len(whole), MESSAGE_KEYS)]
+                tasks += [
+                    one(link.session, whole[i : i + MESSAGE_KEYS]) for i in range(0, len(whole), MESSAGE_KEYS)
+                ]
         await asyncio.gather(*tasks)
         return status
 
@@ -502,8 +590,12 @@ class Peer:
         """An eventfd that becomes readable when a submitted batch is done; then call :meth:`reap`."""
         return self._event
 
-    def submit_get(self, keys: Any, slices: Slices, *, timeout: float | None = None, tag: object = None) -> Ticket:
-        """Starts a get and returns at once. See :meth:`get_into`; slices are the batch's until its ticket is done."""
+    def submit_get(
+        self, keys: Any, slices: Slices, *, timeout: float | None = None, tag: object = None
+    ) -> Ticket:
+        """Starts a get and returns at once. See :meth:`get_into`; slices are the batch's until its ticket is
+        done.
+        """
         batch = Batch(as_keys(keys), slices, self.checksum, False)
 
         async def work() -> Statuses:
@@ -512,11 +604,16 @@ class Peer:
         return self._submit(work(), tag)
 
     def submit_put(
-        self, keys: Any, slices: Slices, *, timeout: float | None = None, durability: str = "memory", tag: object = None
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        durability: str = "memory",
+        tag: object = None,
     ) -> Ticket:
         """Starts a put and returns at once. See :meth:`put_from`."""
-        t = self.timeout if timeout is None else timeout
-        return self._submit(self._put(as_keys(keys), slices, t, durability, None), tag)
+        return self._submit(self._put(as_keys(keys), slices, timeout, durability, None), tag)
 
     def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object) -> Ticket:
         ticket = Ticket(tag)
@@ -526,17 +623,27 @@ class Peer:
                 ticket.status = await work
             except MemKVError as exc:
                 ticket.error = exc
+            except Exception as exc:
+                log.exception("a submitted batch")
+                ticket.error = MemKVError(f"{exc!r}")
             ticket.done = True
             self._tickets.append(ticket)
             os.eventfd_write(self._event, 1)
 
-        asyncio.run_coroutine_threadsafe(follow(), self.loop)
+        try:
+            self._start(follow())
+        except LocalError:
+            work.close()
+            raise
         return ticket
 
     def reap(self) -> list[Ticket]:
-        """Tickets that are done, oldest first. Never blocks."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
+        """Tickets that are done, oldest first; after :meth:`close` those that were under way, too. Never
+        blocks.
+        """
+        if not self._closed:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event)
         out = []
         while self._tickets:
             out.append(self._tickets.popleft())
@@ -564,29 +671,27 @@ class Peer:
 
     def node_stats(self, *, timeout: float | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         """What each node that is up says of itself: sections of flat values, by node."""
-        t = self.timeout if timeout is None else timeout
+        t = self._seconds(timeout)
 
         async def ask() -> dict[str, dict[str, dict[str, Any]]]:
             out = {}
             for link in self._links:
                 if link.session is not None:
-                    info: m.StatsInfo = await link.session.ask(m.Stats, t)
-                    out[link.address] = dict(info.sections)
+                    with contextlib.suppress(MemKVError):
+                        info: m.StatsInfo = await link.session.ask(m.Stats, t)
+                        out[link.address] = dict(info.sections)
             return out
 
-        return self._call(ask(), t + 1)
+        return self._call(ask(), t * len(self._links) + 1)
 
     def close(self) -> None:
-        """Leaves the nodes and withdraws everything. Batches under way on other threads must have ended."""
+        """Leaves the nodes and withdraws everything. Blocking gets on other threads must have ended;
+        submitted and awaited batches are waited for, until their deadlines at most.
+        """
         if self._closed:
             return
         self._closed = True
-
-        async def leave() -> None:
-            await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
-
-        with contextlib.suppress(TimeoutError):
-            self._call(leave(), self.timeout + 5)
+        asyncio.run_coroutine_threadsafe(self._leave(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self._progress.close()
@@ -597,6 +702,11 @@ class Peer:
             self._put_domain.close()
             self.fabric.close()
         os.close(self._event)
+
+    async def _leave(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
+        if self._work:
+            await asyncio.wait(set(self._work))
 
     def __enter__(self) -> Peer:
         return self
@@ -609,3 +719,8 @@ def _prefix(status: Statuses) -> int:
     """Keys from the start that are HITs."""
     bad = np.flatnonzero(status != Status.HIT)
     return int(bad[0]) if len(bad) else len(status)
+
+
+def _no_channel(error: BaseException) -> Status:
+    """The status of keys for which no channel could be had."""
+    return Status.TIMEOUT if isinstance(error, DeadlineError) else Status.ERROR_UNREACHABLE

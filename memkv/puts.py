@@ -14,6 +14,7 @@ from .session import Session
 from .status import Status
 from .store import messages as m
 from .store.columns import PutColumns
+from .store.framing import Code, RefusedError
 
 SLACK = 2.5  # seconds that a node may take to end a put whose deadline has passed
 
@@ -30,20 +31,35 @@ async def put_part(
 ) -> None:
     """Puts the blocks at ``part`` through one session and writes their statuses.
 
-    The node ends the put at its deadline and says so; only then, or when our end of the pull channel is destroyed, can
-    it no longer READ the sources. A node that stays silent loses its session for that reason.
+    The node ends the put at its deadline and says so; only then, or when our end of the pull channel is
+    destroyed, can it no longer READ the sources. A node that stays silent loses its session for that reason.
     """
-    try:
-        await session.ensure_pull()
-        where = slices[part]
+    where = slices[part]
+    columns = PutColumns(keys[part], where["length"], where["region"], where["offset"], checksums)
+
+    async def ask() -> m.PutDone:
         left = max(1, int((until - time.monotonic()) * 1000))
-        columns = PutColumns(keys[part], where["length"], where["region"], where["offset"], checksums)
-        reply: m.PutDone = await session.ask(
-            lambda r: columns.message(r, session.info.namespace, durability, left), left / 1000 + SLACK
-        )
+        try:
+            done: m.PutDone = await session.ask(
+                lambda r: columns.message(r, session.info.namespace, durability, left), left / 1000 + SLACK
+            )
+        except DeadlineError as exc:
+            session.fail(exc)
+            raise
+        return done
+
+    try:
+        pull = await session.ensure_pull(max(0.0, until - time.monotonic()))
+        try:
+            reply = await ask()
+        except RefusedError as exc:
+            if exc.code != Code.NOT_FOUND:
+                raise
+            session.drop_pull(pull)  # it broke at its other end, where an earlier put ended with it
+            await session.ensure_pull(max(0.0, until - time.monotonic()))
+            reply = await ask()
         status[part] = np.frombuffer(reply.statuses, np.uint8)
-    except DeadlineError as exc:
-        session.fail(exc)
+    except DeadlineError:
         status[part] = Status.TIMEOUT
     except MemKVError as exc:
         status[part] = Status.ERROR_LINK if session.closed else Status.ERROR_REFUSED

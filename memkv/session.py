@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,12 +22,16 @@ from .native._peer import ffi, lib
 from .rdma.errors import DeadlineError, LocalError, MemKVError, RemoteError
 from .rdma.fabric import Domain, Endpoint, RemoteTable
 from .store import messages as m
+from .store.framing import RefusedError, RemoteProtocolError
 from .store.protocol import PeerProtocol
 from .wire import from_channel, from_region, to_rails, to_region
 
 log = logging.getLogger("memkv.peer")
 
+T = TypeVar("T")
+
 READ_BYTES = 1 << 18
+PROBE_SECONDS = 2.0  # a node that does not answer a Ping for so long is down
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +80,9 @@ class Session:
         self._requests: dict[int, asyncio.Future[Any]] = {}
         self._next = 1
         self._tasks: set[asyncio.Task[None]] = set()
-        self._refreshing: asyncio.Future[None] | None = None
-        self._pulling = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
+        self._opening_pull: asyncio.Task[Endpoint] | None = None
+        self._probing = False
 
     # --- connection ---
 
@@ -89,14 +96,26 @@ class Session:
             reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), settings.timeout)
         except (OSError, TimeoutError) as exc:
             why = getattr(exc, "strerror", None) or "no answer"
-            raise RemoteError(f"{host}:{port} cannot be reached: {why}", "is memkv-node serve running there?") from None
+            raise RemoteError(
+                f"{host}:{port} cannot be reached: {why}", "is memkv-node serve running there?"
+            ) from None
+        _watch_socket(writer)
         protocol = PeerProtocol(settings.secret, software=f"memkv {__version__}", role="peer")
         session = cls(reader, writer, protocol, host, settings)
         try:
             await asyncio.wait_for(session._shake(), settings.timeout)
         except TimeoutError:
             writer.close()
-            raise DeadlineError(f"{host}:{port} did not complete the handshake", "is it a memkv node?") from None
+            raise DeadlineError(
+                f"{host}:{port} did not complete the handshake", "is it a memkv node?"
+            ) from None
+        except RemoteProtocolError as exc:
+            writer.write(exc.reply)
+            writer.close()
+            raise
+        except OSError as exc:
+            writer.close()
+            raise RemoteError(f"{host}:{port} broke off the handshake: {exc.strerror or exc}") from None
         except BaseException:
             writer.close()
             raise
@@ -139,6 +158,9 @@ class Session:
                         error = RemoteError(f"the node left: {message.reason}")
                     self._take(message)
                 self._flush()
+        except RemoteProtocolError as exc:
+            error = exc
+            self.writer.write(exc.reply)
         except MemKVError as exc:
             error = exc
         except OSError as exc:
@@ -155,11 +177,13 @@ class Session:
         elif isinstance(message, m.TableChanged):
             self._spawn(self._table_changed(message))
         else:
+            if isinstance(message, m.NamespaceInfo):
+                self._learn(message)  # at once: a notice behind it already takes it for known
             future = self._requests.pop(getattr(message, "request", 0), None)
             if future is None or future.done():
                 return
             if isinstance(message, m.Refusal):
-                future.set_exception(RemoteError(message.message, message.hint))
+                future.set_exception(RefusedError(message.message, message.hint, code=message.code))
             else:
                 future.set_result(message)
 
@@ -183,12 +207,17 @@ class Session:
             self.writer.write(self.protocol.send(make(request)))
             return await asyncio.wait_for(future, self.settings.timeout if timeout is None else timeout)
         except TimeoutError:
-            raise DeadlineError("the node did not answer in time", "a longer timeout, or is it overloaded?") from None
+            self._doubt()
+            raise DeadlineError(
+                "the node did not answer in time", "a longer timeout, or is it overloaded?"
+            ) from None
         finally:
             self._requests.pop(request, None)
 
     def fail(self, error: MemKVError) -> None:
-        """Ends the session: requests fail, channels are destroyed, and no READ of the node's is served any more."""
+        """Ends the session: requests fail, channels are destroyed, and no READ of the node's is served any
+        more.
+        """
         if self.closed is not None:
             return
         self.closed = error
@@ -207,6 +236,30 @@ class Session:
             if task is not current:
                 task.cancel()
 
+    def doubt(self) -> None:
+        """A batch was late, or its channel broke: sees whether the node still answers. From any thread.
+
+        A node that has stopped, or cannot be reached any more, would otherwise cost every batch its whole
+        deadline until the kernel notices. While it answers, nothing happens: one-sided READs ask nobody.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self._doubt)
+
+    def _doubt(self) -> None:
+        if self.closed is None and not self._probing:
+            self._probing = True
+            self._spawn(self._probe())
+
+    async def _probe(self) -> None:
+        try:
+            await self.ask(m.Ping, min(PROBE_SECONDS, self.settings.timeout))
+        except DeadlineError:
+            self.fail(RemoteError("the node does not answer", "is it stopped, or overloaded?"))
+        except MemKVError:
+            pass
+        finally:
+            self._probing = False
+
     async def leave(self, reason: str) -> None:
         """Says goodbye and ends the session."""
         if self.closed is None:
@@ -220,32 +273,33 @@ class Session:
     async def attach(self, get_domain: Domain, put_domain: Domain, regions: list[m.RegionInfo]) -> None:
         """Opens the namespace, offers put sources, and makes a first channel each way."""
         self.get_domain, self.put_domain = get_domain, put_domain
-        self.info = await self._open_namespace(self.settings.create)
-        s = self.settings
-        cache = ffi.gc(lib.mkv_cache_new(s.cache_entries), lib.mkv_cache_free)
-        view = ffi.new("struct mkv_view *")
-        view.salt, view.grace_ns, view.incarnation = self.info.salt, self.info.grace_ns, self.info.incarnation
-        view.cache = cache
-        view.strict = (self.info.clock == "strict") if s.strict is None else s.strict
-        self.view, self._cache = view, cache
-        self._learn(self.info)
-        self.pool = ChannelPool(self._open_read_channel, self.loop, s.max_channels)
+        self.pool = ChannelPool(self._open_read_channel, self.loop, self.settings.max_channels)
+        await self._open_namespace(self.settings.create)
         if regions:
             await self.ask(lambda r: m.OfferRegions(r, regions))
         await self.pool.warm()
 
-    async def _open_namespace(self, create: bool) -> m.NamespaceInfo:
+    async def _open_namespace(self, create: bool) -> None:
+        """Asks for all that the node has to tell of the namespace; ``_learn`` takes it."""
         s = self.settings
         mode: Any = "create" if create else "open"
-        info: m.NamespaceInfo = await self.ask(
-            lambda r: m.OpenNamespace(r, s.namespace, mode, s.block_bytes, s.align, s.grace_ms)
-        )
-        return info
+        await self.ask(lambda r: m.OpenNamespace(r, s.namespace, mode, s.block_bytes, s.align, s.grace_ms))
 
     def _learn(self, info: m.NamespaceInfo) -> None:
+        if self.view is None:
+            self._first_view(info)
         for slab in info.slabs:
             self.remote.add(from_region(slab))
         self._set_table(info.table)
+
+    def _first_view(self, info: m.NamespaceInfo) -> None:
+        s = self.settings
+        cache = ffi.gc(lib.mkv_cache_new(s.cache_entries), lib.mkv_cache_free)
+        view = ffi.new("struct mkv_view *")
+        view.salt, view.grace_ns, view.incarnation = info.salt, info.grace_ns, info.incarnation
+        view.cache = cache
+        view.strict = (info.clock == "strict") if s.strict is None else s.strict
+        self.info, self.view, self._cache = info, view, cache
 
     def _set_table(self, table: m.TableInfo) -> None:
         if (table.version << 8) >= int(self.view.table) & ~0xFF:
@@ -269,12 +323,12 @@ class Session:
     async def refresh(self) -> None:
         """Asks for slabs and table anew; callers at the same time share one request."""
         if self._refreshing is None:
-            self._refreshing = asyncio.ensure_future(self._refresh())
+            self._refreshing = _shared(self._refresh())
         await asyncio.shield(self._refreshing)
 
     async def _refresh(self) -> None:
         try:
-            self._learn(await self._open_namespace(create=False))
+            await self._open_namespace(create=False)
         finally:
             self._refreshing = None
 
@@ -311,7 +365,9 @@ class Session:
                 )
             )
             left = max(0.1, timeout - (time.monotonic() - started))
-            await asyncio.to_thread(endpoint.connect, from_channel(fabric, info), self.host, left)
+            await _in_thread(lambda: endpoint.connect(from_channel(fabric, info), self.host, left))
+            if self.closed is not None:
+                raise self.closed
         except BaseException:
             endpoint.close()
             raise
@@ -319,15 +375,78 @@ class Session:
 
     async def _open_read_channel(self) -> ReadChannel:
         endpoint = self.get_domain.endpoint("read", self.remote, depth=DEPTH, dial=True)
-        return ReadChannel(await self._connect(endpoint, "get"), self.get_domain, self.view)
+        await self._connect(endpoint, "get")
+        try:
+            return ReadChannel(endpoint, self.get_domain, self.view)
+        except BaseException:
+            endpoint.close()
+            raise
 
-    async def ensure_pull(self) -> None:
-        """The channel over which the node pulls puts; made on the first put."""
-        async with self._pulling:
-            if self.pull is None:
-                self.pull = await self._connect(self.put_domain.endpoint("serve", dial=True), "pull")
+    async def ensure_pull(self, timeout: float) -> Endpoint:
+        """The channel over which the node pulls puts; made on the first put, and again after one broke.
+
+        :raises DeadlineError: not within ``timeout`` seconds; it goes on being made.
+        """
+        if self.pull is not None:
+            return self.pull
+        if self._opening_pull is None:
+            self._opening_pull = _shared(self._open_pull())
+        opening = self._opening_pull
+        try:
+            return await asyncio.wait_for(asyncio.shield(opening), timeout)
+        except TimeoutError:
+            if opening.done():
+                raise
+            raise DeadlineError("no channel for puts could be opened in time", "a longer timeout") from None
+
+    async def _open_pull(self) -> Endpoint:
+        try:
+            self.pull = await self._connect(self.put_domain.endpoint("serve", dial=True), "pull")
+            return self.pull
+        finally:
+            self._opening_pull = None
+
+    def drop_pull(self, pull: Endpoint) -> None:
+        """The node says that its end of this one is gone."""
+        if self.pull is pull:
+            self.pull = None
+        pull.close()
 
     async def offer(self, regions: list[Any]) -> None:
         """Tells the node of put sources (``rdma.fabric.RegionDesc``)."""
         infos = [to_region(r) for r in regions]
         await self.ask(lambda r: m.OfferRegions(r, infos))
+
+
+def _shared(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that several may wait for, shielded, and nobody has to."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    return task
+
+
+async def _in_thread(call: Callable[[], None]) -> None:
+    """Makes a call that blocks. It has ended when this has, cancelled or not: what it works on may be
+    destroyed.
+    """
+    work = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
+def _watch_socket(writer: asyncio.StreamWriter) -> None:
+    """Lets the kernel notice a node that has vanished while nothing is asked of it: within about a minute."""
+    sock = writer.get_extra_info("socket")
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    ):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(level, option, value)
