@@ -700,7 +700,7 @@ def test_closing_a_buffer_waits_for_the_batch_that_uses_it(node: NodeThread, con
 
 
 def test_evicted_blocks_are_misses_and_others_take_their_place(node: NodeThread, connect: Connect) -> None:
-    """Many times more than fits, written and read at once: every HIT is the right block (Blocks.get looks)."""
+    """Many times more than fits, written and read at once: every HIT is the right block."""
     writer, reader = connect(node), connect(node)
     recent: list[int] = []
     ended, failures = threading.Event(), []
