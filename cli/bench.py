@@ -10,7 +10,8 @@ import click
 
 from .. import __version__
 from ._group import OneLineGroup
-from .bench_options import Size, loading, options, reaching, wish
+from .bench_options import loading, options, reaching, wish
+from .bench_options import size as a_size
 from .report import Row, print_result
 
 
@@ -70,9 +71,11 @@ def mixed(put_share: float, **flags: Any) -> int:
 
 @main.command()
 @reaching
-@click.option("--size", type=Size(), default="4k", help="Of the block. [4k]")
+@click.option("--size", callback=a_size, metavar="SIZE", default="4k", help="Of the block. [4k]")
 @click.option("--calls", type=click.IntRange(10), default=1000, help="Of each kind. [1000]")
-@click.option("--rounds", type=click.IntRange(1), default=7, help="Turns that the calls are divided into. [7]")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=7, help="Turns that the calls are divided into. [7]"
+)
 def latency(size: int, calls: int, rounds: int, as_json: bool, **flags: Any) -> int:
     """One block at a time, and what Python adds to a call."""
     from .latency import run
@@ -83,13 +86,19 @@ def latency(size: int, calls: int, rounds: int, as_json: bool, **flags: Any) -> 
 
 @main.command()
 @reaching
-@click.option("--trace", "file", type=click.Path(path_type=Path), help="Mooncake's JSON lines. [a generated trace]")
+@click.option(
+    "--trace", "file", type=click.Path(path_type=Path), help="Mooncake's JSON lines. [a generated trace]"
+)
 @click.option("--requests", type=click.IntRange(1), help="The first so many. [all of a file, 120 generated]")
 @click.option("--seed", type=int, default=1, help="Of the generated trace. [1]")
-@click.option("--block-bytes", type=Size(), default="64k", help="KV cache of 512 tokens. [64k]")
+@click.option(
+    "--block-bytes", callback=a_size, metavar="SIZE", default="64k", help="KV cache of 512 tokens. [64k]"
+)
 @click.option("--peers", type=click.IntRange(1, 64), default=2, help="Processes that take turns. [2]")
 @click.option("--nodes-count", type=click.IntRange(1, 64), default=1, help="Own nodes. [1]")
-@click.option("--batch", type=click.IntRange(1), default=64, help="Blocks, where everything is got again. [64]")
+@click.option(
+    "--batch", type=click.IntRange(1), default=64, help="Blocks, where everything is got again. [64]"
+)
 @click.option("--verify/--no-verify", default=True, help="Compare every byte of every hit. [on]")
 def replay(as_json: bool, **flags: Any) -> int:
     """Replays a trace of prompts: match, get the hits, put the rest."""

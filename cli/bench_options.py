@@ -15,30 +15,21 @@ from .rig import Options
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):
-    """64k, 1m, 4G, or bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            nbytes = parse_size(value, str(param.opts[0]) if param else "size")
-        except LocalError as error:
-            self.fail(str(error), param, ctx)
-        if nbytes < 1:
-            self.fail("at least one byte", param, ctx)
-        return nbytes
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A callback: 64k, 1m, 4G, or bytes."""
+    return None if value is None else _one(value, param)
 
 
-class Sizes(click.ParamType):
-    """Several sizes, separated by commas."""
+def sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """A callback: several, separated by commas."""
+    return tuple(_one(v, param) for v in value.split(","))
 
-    name = "sizes"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(Size().convert(v, param, ctx) for v in str(value).split(","))
+def _one(value: str, param: click.Parameter) -> int:
+    nbytes = parse_size(value, param.opts[0])
+    if nbytes < 1:
+        raise LocalError(f"{value!r} is no size", f"{param.opts[0]} takes at least one byte")
+    return nbytes
 
 
 def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -51,29 +42,56 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 reaching = _stack(
-    click.option("--nodes", metavar="HOST:PORT,…", help="Existing nodes; by default the benchmark starts its own."),
-    click.option("--memory", type=Size(), help="Of the own node's arena. [enough that nothing is evicted]"),
+    click.option(
+        "--nodes", metavar="HOST:PORT,…", help="Existing nodes; by default the benchmark starts its own."
+    ),
+    click.option(
+        "--memory",
+        callback=size,
+        metavar="SIZE",
+        help="Of the own node's arena. [enough that nothing is evicted]",
+    ),
     click.option("--fabric", type=click.Choice(["auto", "verbs", "tcp"]), default="auto", help="[auto]"),
-    click.option("--device", "devices", metavar="NAME", multiple=True, help="RDMA device; repeated: several rails."),
+    click.option(
+        "--device", "devices", metavar="NAME", multiple=True, help="RDMA device; repeated: several rails."
+    ),
     click.option("--ib-port", type=int, help="Port of the device."),
     click.option("--gid-index", type=int, help="As memkv-node doctor lists them. [ranked]"),
     click.option("--secret-file", type=click.Path(), help="The cluster's shared secret; or MEMKV_SECRET."),
-    click.option("--clock", type=click.Choice(["auto", "plain", "strict"]), default="auto", help="How READs are dated."),
+    click.option(
+        "--clock", type=click.Choice(["auto", "plain", "strict"]), default="auto", help="How READs are dated."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
 )
 
 loading = _stack(
     reaching,
-    click.option("--sizes", type=Sizes(), default="64k,1m", help="Block sizes. [64k,1m]"),
+    click.option("--sizes", callback=sizes, metavar="SIZE,…", default="64k,1m", help="Block sizes. [64k,1m]"),
     click.option("--batch", type=click.IntRange(1), default=64, help="Blocks of a batch. [64]"),
-    click.option("--threads", type=click.IntRange(1, 64), default=1, help="Each with a buffer and channel. [1]"),
-    click.option("--depth", type=click.IntRange(1, 64), default=1, help="Batches under way in a thread's hands. [1]"),
+    click.option(
+        "--threads", type=click.IntRange(1, 64), default=1, help="Each with a buffer and channel. [1]"
+    ),
+    click.option(
+        "--depth", type=click.IntRange(1, 64), default=1, help="Batches under way in a thread's hands. [1]"
+    ),
     click.option("--processes", type=click.IntRange(1, 64), default=1, help="Peers, each in a process. [1]"),
     click.option("--seconds", type=click.FloatRange(0.01), default=3.0, help="Timed, for each row. [3]"),
-    click.option("--rounds", type=click.IntRange(1), default=7, help="Turns that the seconds are divided into. [7]"),
-    click.option("--working-set", type=Size(), default="64m", help="Bytes of blocks that are got. [64m]"),
-    click.option("--verify/--no-verify", default=True, help="Compare every byte, outside of the timed part. [on]"),
-    click.option("--checksum/--no-checksum", default=False, help="The peer verifies payload checksums. [off]"),
+    click.option(
+        "--rounds", type=click.IntRange(1), default=7, help="Turns that the seconds are divided into. [7]"
+    ),
+    click.option(
+        "--working-set",
+        callback=size,
+        metavar="SIZE",
+        default="64m",
+        help="Bytes of blocks that are got. [64m]",
+    ),
+    click.option(
+        "--verify/--no-verify", default=True, help="Compare every byte, outside of the timed part. [on]"
+    ),
+    click.option(
+        "--checksum/--no-checksum", default=False, help="The peer verifies payload checksums. [off]"
+    ),
 )
 
 

@@ -1,7 +1,7 @@
 """The processes around a benchmark: nodes of its own, and workers that it talks to over pipes.
 
-Whatever is started here ends with the benchmark, also if that is interrupted or killed: a context manager closes it,
-and the kernel sends a signal when the parent dies.
+Whatever is started here ends with the benchmark, also if that is interrupted or killed: a context manager
+closes it, and the kernel sends a signal when the parent dies.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class NodeProcess:
             ("--secret-file", wish.secret_file),
         ):
             command += [flag, str(value)] if value is not None else []
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         reader, writer = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -105,7 +105,9 @@ class NodeProcess:
             if not more:
                 self._process.wait(STOP_SECONDS)
                 self._log.seek(0)
-                last = self._log.read().strip().splitlines() or [f"it ended with status {self._process.returncode}"]
+                last = self._log.read().strip().splitlines() or [
+                    f"it ended with status {self._process.returncode}"
+                ]
                 raise MemKVError(f"the benchmark's node did not start: {last[-1]}")
             line += more
         return line.decode().split()[1]
@@ -125,7 +127,8 @@ class NodeProcess:
 class Child:
     """A process of ours that we talk to over a pipe; it ends when the pipe does.
 
-    :param target: ``target(pipe, *args)``, a function of a module; a MemKVError that it raises comes back from ``ask``.
+    :param target: ``target(pipe, *args)``, a function of a module; a MemKVError that it raises comes back
+        from ``ask``.
     """
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
@@ -196,7 +199,9 @@ class Nodes:
     def __enter__(self) -> Nodes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -208,13 +213,25 @@ def extent_bytes(block_bytes: int) -> int:
 def slab_bytes(memory: int, block_bytes: int) -> int:
     """A slab that wastes little: room for many blocks, and not too much of the memory."""
     least = -(-2 * extent_bytes(block_bytes) // (2 << 20)) * (2 << 20)
-    return max(least, min(64 << 20, memory // 16 // (2 << 20) * (2 << 20)))
+    return max(least, min(64 << 20, memory // 12 // (2 << 20) * (2 << 20)))
 
 
-def arena_bytes(blocks: int, block_bytes: int, spare: float = 1.25) -> int:
-    """An arena in which so many blocks fit without eviction, which begins before the memory is full."""
-    wanted = int(blocks * extent_bytes(block_bytes) * spare)
-    return wanted + 4 * slab_bytes(wanted, block_bytes)
+def arena_bytes(blocks: int, block_bytes: int) -> int:
+    """An arena in which so many blocks stay, however fast they are put.
+
+    A node evicts ahead of need, by the recent rate, up to half of its memory: twice the blocks are always
+    enough. Where that would be much of this machine's memory, a part of it is.
+    """
+    wanted = blocks * extent_bytes(block_bytes)
+    spare = min(wanted, max(512 << 20, _available_bytes() // 4))
+    return wanted + spare + 4 * slab_bytes(wanted, block_bytes)
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +240,9 @@ class Usage:
 
     cpu_s: float
     switches: int  # voluntary and not, of all its threads
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.cpu_s + other.cpu_s, self.switches + other.switches)
 
     def __sub__(self, other: Usage) -> Usage:
         return Usage(self.cpu_s - other.cpu_s, self.switches - other.switches)

@@ -1,7 +1,7 @@
 """Comparing in one run: contestants take turns, round after round, and each round gives a ratio to the limit.
 
-A machine's speed wanders, by far more than what is to be told apart. So every figure is the median over rounds, and a
-ratio is the median of the ratios of each round, not a ratio of medians.
+A machine's speed wanders, by far more than what is to be told apart. So every figure is the median over
+rounds, and a ratio is the median of the ratios of each round, not a ratio of medians.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from statistics import median
 
 import numpy as np
 
-from .sample import Sample
 from .report import Row, Steps
+from .sample import Sample
 
 LIMIT, PERFTEST = "limit", "perftest"
 
@@ -22,8 +22,9 @@ LIMIT, PERFTEST = "limit", "perftest"
 class Contestant:
     """Something that is run once a round.
 
-    ``names``: of the samples that ``run`` returns, one row each. ``role``: LIMIT and PERFTEST are what others are
-    divided by. ``run`` may return None with a reason in ``note``: then it has no figure and is not run again.
+    ``names``: of the samples that ``run`` returns, one row each. ``role``: LIMIT and PERFTEST are what others
+    are divided by. ``run`` may return None with a reason in ``note``: then it has no figure and is not run
+    again.
     """
 
     names: tuple[str, ...]

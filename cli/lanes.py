@@ -1,7 +1,8 @@
 """A lane: one thread's part of a load, which it works off in stretches.
 
-In a stretch the lane carries out batches while the clock runs. Then, while it stands, it compares its buffer with what
-the keys demand. From pass to pass a block goes to another place, so that what an earlier pass left there is never right.
+In a stretch the lane carries out batches while the clock runs. Then, while it stands, it compares its buffer
+with what the keys demand. From pass to pass a block goes to another place, so that what an earlier pass left
+there is never right.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Lane:
         return sample
 
     def mixed(self, put_share: float) -> tuple[Sample, Sample]:
-        """A pass of gets, some replaced by puts of new blocks out of the places of those gets: (gets, puts)."""
+        """A pass of gets, some replaced by puts of new blocks out of the places of those gets: (gets,
+        puts)."""
         order: list[tuple[bool, Keys, Any]] = []
         fetched: list[Statuses] = []  # by key of the lane; 0 where a put took the place
         for keys, slices in self._next_pass():

@@ -1,7 +1,8 @@
-"""The command latency: one block at a time, inside the C call and from Python, and what Python adds to a call.
+"""The command latency: one block at a time, inside the C call and from Python, and what Python adds to a
+call.
 
-"In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. "From Python" is the
-whole call of ``get_into``. The difference is what Python adds.
+"In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. "From
+Python" is the whole call of ``get_into``. The difference is what Python adds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .sample import Keys
 
 BATCHES = (1, 64, 1024)  # for what Python adds
 NOTES = (
-    "µs of one call, in C except where a row says otherwise; ratio: median over rounds of p50 / the bare loop's p50.",
+    "µs of one call, in C; ratio: p50 to the bare loop's in the same round, median over rounds.",
     "python adds: whole call less its time in C, medians of each batch size.",
 )
 
@@ -93,11 +94,19 @@ class Calls:
             self.errors += int((bad_bytes & (status == Status.HIT)).sum())
 
 
-def run(wish: Wish, memory: int, size: int, calls: int, rounds: int) -> tuple[dict[str, Any], list[Row], list[str]]:
+def run(
+    wish: Wish, memory: int, size: int, calls: int, rounds: int
+) -> tuple[dict[str, Any], list[Row], list[str]]:
     """Heading, rows and notes."""
     blocks = max(BATCHES)
     options = Options(
-        wish=wish, sizes=(size,), working_set=blocks * size, batch=64, seconds=1.0, rounds=rounds, memory=memory
+        wish=wish,
+        sizes=(size,),
+        working_set=blocks * size,
+        batch=64,
+        seconds=1.0,
+        rounds=rounds,
+        memory=memory,
     )
     each = max(2, calls // rounds)
     with Steps(2 * rounds) as steps, LimitHolder(options) as holder:
@@ -167,13 +176,16 @@ def _rows(
     if tools:
         row = Row(what="ib_read_lat", size=size, batch=1, note=tools[-1].note)
         if tool:
-            row.times_us = np.array(tool)
-            row.note = "p50: median over rounds of its typical time"
+            row.given_us["p50_us"] = median(tool)
+            row.given_us["p99_us"] = median(t.p99_us for t in tools if t.p99_us is not None)
+            row.note = "its typical time and 99 %, medians over rounds"
             row.ratio = median_ratio(tool, limits)
         rows.append(row)
     for kind in kinds:
         p50s = [median(r) for r in kind.in_c]
-        row = Row(what=kind.what, size=size, batch=1, times_us=_flat(kind.in_c), ratio=median_ratio(p50s, limits))
+        row = Row(
+            what=kind.what, size=size, batch=1, times_us=_flat(kind.in_c), ratio=median_ratio(p50s, limits)
+        )
         row.hits, row.misses, row.errors = kind.hits, kind.misses, kind.errors
         row.extra["python_p50_us"] = median(_flat(kind.whole).tolist())
         if tool and len(tool) == len(p50s):
@@ -183,7 +195,11 @@ def _rows(
 
 
 def _added(size: int, kind: Calls) -> Row:
-    added = [w - c for whole, in_c in zip(kind.whole, kind.in_c, strict=True) for w, c in zip(whole, in_c, strict=True)]
+    added = [
+        w - c
+        for whole, in_c in zip(kind.whole, kind.in_c, strict=True)
+        for w, c in zip(whole, in_c, strict=True)
+    ]
     row = Row(what=kind.what, size=size, batch=kind.batch, times_us=np.array(added))
     row.hits, row.misses, row.errors = kind.hits, kind.misses, kind.errors
     return row

@@ -1,7 +1,8 @@
-"""The limits that figures are divided by: the plainest loop of READs, or of receives, over the same working set.
+"""The limits that figures are divided by: the plainest loop of READs, or of receives, over the same working
+set.
 
-Both have a process of their own on the other side, which holds as much memory as the node's blocks take and does nothing
-else. Over verbs it is passive (the device serves); over tcp it has a sending thread per socket::
+Both have a process of their own on the other side, which holds as much memory as the node's blocks take and
+does nothing else. Over verbs it is passive (the device serves); over tcp it has a sending thread per socket::
 
     bench process                        passive process
     ┌────────────────┐   offers, pipe    ┌───────────────┐
@@ -78,12 +79,15 @@ class Limit(ABC):
     def __enter__(self) -> Limit:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def open_limit(fabric: str, working_set: int, into: HostMemory, rail: Selection | None) -> Limit:
-    """The bare loop of a fabric, landing in ``into``. ``rail``: the device, port and GID that the peer uses."""
+    """The bare loop of a fabric, landing in ``into``. ``rail``: the device, port and GID that the peer
+    uses."""
     if fabric == "verbs":
         assert rail is not None
         return BareReads(working_set, into, rail)

@@ -57,7 +57,8 @@ class Load:
         return self._until(seconds, Lane.put, most_bytes)
 
     def mixed(self, seconds: float, put_share: float, most_bytes: int) -> tuple[Sample, Sample]:
-        """Gets of the working set and puts of new blocks, batch by batch, as ``put_share`` says: (gets, puts)."""
+        """Gets of the working set and puts of new blocks, batch by batch, as ``put_share`` says: (gets,
+        puts)."""
         parts: list[tuple[Sample, Sample]] = []
 
         def stretch(lane: Lane) -> Sample:
@@ -79,7 +80,9 @@ class Load:
             return work(self.lanes[0])
         return together(list(self._pool.map(work, self.lanes)))
 
-    def _until(self, seconds: float, stretch: Callable[[Lane], Sample], most_bytes: int | None = None) -> Sample:
+    def _until(
+        self, seconds: float, stretch: Callable[[Lane], Sample], most_bytes: int | None = None
+    ) -> Sample:
         total = Sample()
         while True:
             total.add(self._each(stretch))

@@ -9,13 +9,13 @@ from ..rdma.devices import Selection
 from . import perftest
 from .compare import LIMIT, PERFTEST, Contestant, contest
 from .limits import Limit
-from .sample import Sample
 from .report import Row, Steps, size_text
 from .rig import LimitHolder, Options, Rig, heading, open_nodes, rail
+from .sample import Sample
 
 WHAT_IT_MEANS = (
-    "GB/s: median over rounds, of the timed part alone; ratio: median of each round's ratio to the limit of that round.",
-    "limit: the bare loop over a working set of the same size. µs: of one batch. put: hits are blocks stored.",
+    "GB/s: of the timed part, median over rounds; ratio: to the limit in the same round, median over rounds.",
+    "limit: the bare loop over as large a working set. µs: of one batch. put: hits are blocks stored.",
 )
 
 
@@ -37,13 +37,19 @@ def run(kind: str, options: Options, put_share: float = 0.1) -> tuple[dict[str, 
                 rows += contest(field, size=size, rounds=options.rounds, steps=steps)
                 rig.clean()
     if options.verify:
-        notes.append("Every byte of the last pass of each turn was compared with its key, outside of the timed part.")
+        notes.append(
+            "Every byte of the last pass of each turn was compared with its key, outside of the timed part."
+        )
     return head, rows, notes
 
 
 def _field(kind: str, rig: Rig, limit: Limit, put_share: float) -> list[Contestant]:
     size, batch, seconds = rig.plan.size, rig.plan.batch, rig.options.slot_seconds
-    field = [Contestant((limit.what,), _bare(limit, size, seconds, rig.options.working_set), role=LIMIT, counts=False)]
+    field = [
+        Contestant(
+            (limit.what,), _bare(limit, size, seconds, rig.options.working_set), role=LIMIT, counts=False
+        )
+    ]
     device = rail(rig.peer)
     if device is not None and kind == "limit":
         run = _ib_read_bw(device, size, seconds, field[0])
@@ -55,7 +61,11 @@ def _field(kind: str, rig: Rig, limit: Limit, put_share: float) -> list[Contesta
     if kind == "get":
         field.append(get("get"))
     if kind == "limit":
-        field += [get("get", checksum=False), get("get cold", cold=True, checksum=False), get("get checksum", checksum=True)]
+        field += [
+            get("get", checksum=False),
+            get("get cold", cold=True, checksum=False),
+            get("get checksum", checksum=True),
+        ]
         field.append(Contestant(("put",), rig.put, batch))
     if kind == "put":
         field.append(Contestant(("put",), rig.put, batch))

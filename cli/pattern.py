@@ -1,8 +1,9 @@
-"""What benchmarks put into blocks: bytes that follow from the key, so that whoever gets a block can tell whether it is right.
+"""What benchmarks put into blocks: bytes that follow from the key, so that whoever gets a block can tell
+whether it is right.
 
-Word i of a block (64 bits, little-endian) is ``seed(key) + i · STEP``, modulo 2⁶⁴; a last part of a word is cut off.
-Filling is one addition per word, checking one subtraction and one comparison, both by numpy at the speed of memory. A
-byte that differs, a block in another's place and a block that is shifted all show.
+Word i of a block (64 bits, little-endian) is ``seed(key) + i · STEP``, modulo 2⁶⁴; a last part of a word is
+cut off. Filling is one addition per word, checking one subtraction and one comparison, both by numpy at the
+speed of memory. A byte that differs, a block in another's place and a block that is shifted all show.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""perftest's ib_read_bw and ib_read_lat, as the neutral figure beside our own limit: one run over loopback, parsed.
+"""perftest's ib_read_bw and ib_read_lat, as the neutral figure beside our own limit: one run over loopback,
+parsed.
 
-They READ one hot buffer again and again, where a store's blocks lie all over its memory: on a software device that is
-faster by some ten per cent. So the bare loop of :mod:`memkv.cli.limits` is what our figures are divided by.
+They READ one hot buffer again and again, where a store's blocks lie all over its memory: on a software device
+that is faster by some ten per cent. So the bare loop of :mod:`memkv.cli.limits` is what our figures are
+divided by.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ def read_latency(where: Selection, size: int, count: int) -> Outcome:
 
 
 def parse(text: str, size: int) -> list[float] | None:
-    """The line of figures for ``size``: itself, iterations, then the tool's own columns (bandwidth: peak, average,
-    rate; latency: least, most, typical, mean, deviation, 99 %, 99.9 %), without the iterations' own column."""
+    """The line of figures for ``size``: itself, iterations, then the tool's own columns (bandwidth: peak,
+    average, rate; latency: least, most, typical, mean, deviation, 99 %, 99.9 %), without the iterations' own
+    column."""
     for line in text.splitlines():
         words = line.split()
         if words and words[0] == str(size) and all(re.fullmatch(r"[\d.]+|-?nan|inf", w) for w in words):
@@ -70,11 +73,22 @@ def _run(tool: str, where: Selection, arguments: list[str]) -> tuple[str, str]:
     if why := available(tool):
         return "", why
     port = _free_port()
-    command = [tool, "-F", "-d", where.device.name, "-i", str(where.port.number), "-x", str(where.gid.gid.index)]
+    command = [
+        tool,
+        "-F",
+        "-d",
+        where.device.name,
+        "-i",
+        str(where.port.number),
+        "-x",
+        str(where.gid.gid.index),
+    ]
     command += ["-p", str(port), *arguments]
     if len(os.sched_getaffinity(0)) == 1:
         command.append("-e")  # a spinning client would take the processor from the device
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+    )
     try:
         until = time.monotonic() + TIMEOUT
         while not _listening(port):

@@ -1,7 +1,7 @@
 """What a benchmark says: a heading, rows as a table or as one JSON object, and progress on a terminal.
 
-Standard output carries the result and nothing else; progress goes to standard error, and only to a terminal. A GB is
-10⁹ bytes, a time is in microseconds.
+Standard output carries the result and nothing else; progress goes to standard error, and only to a terminal.
+A GB is 10⁹ bytes, a time is in microseconds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Row:
     batch: int | None = None
     gbps: float | None = None
     times_us: Times | None = None  # of each call
+    given_us: dict[str, float | None] = field(default_factory=dict)  # percentiles that somebody else took
     hits: int | None = None
     misses: int | None = None
     errors: int = 0
@@ -47,8 +48,14 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """The row with percentiles for times; ``block_p50_us`` is a call's divided by its blocks."""
-        out: dict[str, Any] = {"what": self.what, "size": self.size, "batch": self.batch, "gbps": _round(self.gbps)}
+        out: dict[str, Any] = {
+            "what": self.what,
+            "size": self.size,
+            "batch": self.batch,
+            "gbps": _round(self.gbps),
+        }
         out |= percentiles(self.times_us)
+        out |= {name: _round(value) for name, value in self.given_us.items()}
         p50 = out["p50_us"]
         out["block_p50_us"] = _round(p50 / self.batch) if p50 is not None and self.batch else None
         out |= {"hits": self.hits, "misses": self.misses, "errors": self.errors}
@@ -94,7 +101,9 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def print_result(heading: dict[str, Any], rows: Sequence[Row], *, as_json: bool, notes: Iterable[str] = ()) -> None:
+def print_result(
+    heading: dict[str, Any], rows: Sequence[Row], *, as_json: bool, notes: Iterable[str] = ()
+) -> None:
     """Prints the result to standard output; ``notes`` (what the figures mean) only beside a table."""
     if as_json:
         print(json.dumps({"heading": heading, "rows": [row.as_json() for row in rows]}))
@@ -104,9 +113,23 @@ def print_result(heading: dict[str, Any], rows: Sequence[Row], *, as_json: bool,
     for name, value in heading.items():
         console.print(f"{name:<{width}}  {value}", markup=False)
     console.print()
-    console.print(_table(rows))
+    shared = _shared_extras(rows)
+    console.print(_table(rows, shared))
+    console.print()
+    for row in rows:
+        own = [
+            f"{k.replace('_', ' ')} {_cell(k, _round(v))}" for k, v in row.extra.items() if k not in shared
+        ]
+        if own or row.note:
+            console.print(f"{row.what}: {', '.join([*own, *([row.note] if row.note else [])])}", markup=False)
     for note in notes:
         console.print(note, markup=False)
+
+
+def _shared_extras(rows: Sequence[Row]) -> list[str]:
+    """Extras that several rows have: columns; those of one row are told below the table."""
+    names = dict.fromkeys(name for row in rows for name in row.extra)
+    return [name for name in names if sum(name in row.extra for row in rows) > 1]
 
 
 _COLUMNS = (
@@ -127,16 +150,14 @@ _COLUMNS = (
 )
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    """Columns that are empty in all rows are left out; the names of extras become columns of their own."""
+def _table(rows: Sequence[Row], extras: Sequence[str]) -> Table:
+    """Columns that are empty in all rows are left out."""
     records = [row.as_json() for row in rows]
-    known = {key for key, _ in _COLUMNS} | {"note"}
-    extras = dict.fromkeys(key for r in records for key in r if key not in known)
-    columns = [*_COLUMNS, *((key, key.replace("_", " ")) for key in extras), ("note", "")]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    shown = [(key, title) for key, title in columns if any(r.get(key) not in (None, "") for r in records)]
+    columns = [*_COLUMNS, *((key, key.replace("_", " ")) for key in extras)]
+    shown = [(key, title) for key, title in columns if any(r.get(key) is not None for r in records)]
     for key, title in shown:
-        table.add_column(title, justify="left" if key in ("what", "note") else "right", no_wrap=key != "note")
+        table.add_column(title, justify="left" if key == "what" else "right", no_wrap=True)
     for r in records:
         table.add_row(*(_cell(key, r.get(key)) for key, _ in shown))
     return table
@@ -144,11 +165,11 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _cell(key: str, value: Any) -> str:
     if value is None:
-        return "-" if key != "note" else ""
+        return "-"
     if key == "size":
         return size_text(value)
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 100 and key != "batch" else f"{value:.0f}"
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
 
 

@@ -1,4 +1,5 @@
-"""What a load runs on: nodes, a peer in this process, more of them in others, and the bare loop beside them."""
+"""What a load runs on: nodes, a peer in this process, more of them in others, and the bare loop beside
+them."""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ from typing import Any
 
 from ..peer import Peer
 from ..rdma.devices import Selection
-from ..rdma.errors import MemKVError
+from ..rdma.errors import LocalError, MemKVError
 from ..rdma.memory import HostMemory
 from ..rdma.verbs import VerbsFabric
 from . import report
-from .cluster import Child, Nodes, Wish, arena_bytes
+from .cluster import Child, Nodes, Wish, arena_bytes, extent_bytes
 from .limits import Limit, open_limit
 from .load import Load
+from .report import size_text
 from .sample import Plan, Sample, together
 
-SPARE_SETS = 4  # working sets in the arena: one that stays, and puts, some of them in quarantine
+SETS = (
+    3  # working sets in the arena, before its reserve: one that stays, and puts, some of them in quarantine
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,13 @@ class Options:
 
     def arena(self, size: int) -> int:
         """Bytes of the own node's arena, for blocks of one size."""
-        return self.memory or arena_bytes(max(self.working_set // size, 1) * SPARE_SETS, size)
+        least = 2 * max(self.working_set // size, 1) * extent_bytes(size)
+        if 0 < self.memory < least:
+            raise LocalError(
+                f"a working set of {size_text(self.working_set)} would be evicted while it is put",
+                f"--memory of at least {-(-least >> 20)}m, or a smaller --working-set",
+            )
+        return self.memory or arena_bytes(max(self.working_set // size, 1) * SETS, size)
 
     @property
     def slot_seconds(self) -> float:
@@ -105,9 +115,13 @@ def heading(peer: Peer, memory: HostMemory | None = None) -> dict[str, Any]:
     return out
 
 
-def _work(pipe: Connection, addresses: Sequence[str], wish: Wish, namespace: str, plan: Plan, part: int, parts: int) -> None:
+def _work(
+    pipe: Connection, addresses: Sequence[str], wish: Wish, namespace: str, plan: Plan, part: int, parts: int
+) -> None:
     """A worker process: carries out methods of a Load that come over the pipe."""
-    peer = open_peer(addresses, wish, namespace, plan.size, channels=plan.threads * plan.depth, cache=2 * plan.blocks)
+    peer = open_peer(
+        addresses, wish, namespace, plan.size, channels=plan.threads * plan.depth, cache=2 * plan.blocks
+    )
     try:
         load = Load(peer, plan, part, parts)
         pipe.send("ready")
@@ -144,14 +158,18 @@ class Rig:
         """Calls a method of every process's load at once."""
         for child in self._children:
             child.pipe.send((name, args, kwargs))
-        return [getattr(self.load, name)(*args, **kwargs), *(child.ask(timeout=600.0) for child in self._children)]
+        return [
+            getattr(self.load, name)(*args, **kwargs),
+            *(child.ask(timeout=600.0) for child in self._children),
+        ]
 
     def prepare(self) -> None:
         """Puts the working set. MemKVError if the node does not take it whole."""
         total = together(self._all("prepare"))
         if total.errors or total.misses:
+            failed = total.errors + total.misses
             raise MemKVError(
-                f"{total.errors + total.misses} of {self.plan.blocks} blocks could not be put: {total.first_error}",
+                f"{failed} of {self.plan.blocks} blocks could not be put: {total.first_error}",
                 "--memory, or a smaller --working-set",
             )
 
@@ -181,7 +199,9 @@ class Rig:
     def __enter__(self) -> Rig:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -204,7 +224,8 @@ class LimitHolder:
     def __enter__(self) -> LimitHolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.limit is not None:
             self.limit.close()
-

@@ -33,13 +33,16 @@ class Plan:
 
     def keys(self, first: int, count: int) -> Keys:
         """Keys of blocks by number."""
-        space = KeySpace(model="memkv-bench", dtype="bytes", layout=str(self.size), block_tokens=512, salt=self.salt)
+        space = KeySpace(
+            model="memkv-bench", dtype="bytes", layout=str(self.size), block_tokens=512, salt=self.salt
+        )
         return keys_from_ids(np.arange(first, first + count), space=space)
 
 
 @dataclass(slots=True)
 class Sample:
-    """What was done while the clock ran. ``times_us``: of each batch; ``wrong``: hits with other bytes than due."""
+    """What was done while the clock ran. ``times_us``: of each batch; ``wrong``: hits with other bytes than
+    due."""
 
     nbytes: int = 0
     ns: int = 0
@@ -70,7 +73,8 @@ class Sample:
         self.first_error = self.first_error or other.first_error
 
     def judge(self, status: Statuses, good: Sequence[Status]) -> None:
-        """Counts a batch's statuses; MISS and STALE are misses, TIMEOUT and CORRUPT are errors like any other."""
+        """Counts a batch's statuses; MISS and STALE are misses, TIMEOUT and CORRUPT are errors like any
+        other."""
         hit = np.isin(status, good)
         bad = status[~hit & (status != Status.MISS) & (status != Status.STALE)]
         self.hits += int(hit.sum())

@@ -4,8 +4,9 @@ One JSON object a line::
 
     {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48, 2353, 2354]}
 
-``hash_ids`` names the blocks of 512 tokens of the prompt, the last one perhaps not full; equal ids mean equal blocks
-behind equal prefixes, and new ids are handed out in order of first appearance. ``timestamp`` is in milliseconds.
+``hash_ids`` names the blocks of 512 tokens of the prompt, the last one perhaps not full; equal ids mean equal
+blocks behind equal prefixes, and new ids are handed out in order of first appearance. ``timestamp`` is in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a trace implies where nothing is evicted: ``hits`` are blocks of leading runs that were seen before."""
+    """What a trace implies where nothing is evicted: ``hits`` are blocks of leading runs that were seen
+    before."""
 
     requests: int
     references: int
@@ -118,10 +120,11 @@ def generate(
 ) -> list[Request]:
     """Multi-turn conversations, the same for the same arguments.
 
-    A conversation begins with one of ``systems`` system prompts (the first is the most frequent: Zipf) and takes up to
-    twice ``turns`` turns. Every turn's prompt is everything before it, the last answer included, and new tokens: about
-    ``turn_tokens`` a turn and ``answer_tokens`` an answer, both exponential. Conversations overlap; one that has ended
-    makes room for a new one. A block that is full stays the same in later turns, a last one that is not becomes another.
+    A conversation begins with one of ``systems`` system prompts (the first is the most frequent: Zipf) and
+    takes up to twice ``turns`` turns. Every turn's prompt is everything before it, the last answer included,
+    and new tokens: about ``turn_tokens`` a turn and ``answer_tokens`` an answer, both exponential.
+    Conversations overlap; one that has ended makes room for a new one. A block that is full stays the same in
+    later turns, a last one that is not becomes another.
     """
     return list(
         islice(
