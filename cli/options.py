@@ -23,7 +23,7 @@ HELP = {
     "listen": "Control connections; beyond the loopback address a secret is needed.",
     "metrics": "HTTP with /metrics, /health and /status; off unless given.",
     "name": "In logs and metrics; by default the host's name.",
-    "memory": "Of blocks, all of it taken and registered at the start.",
+    "memory": "Of blocks: mapped at the start, registered slab by slab as namespaces grow.",
     "slab_bytes": "What a namespace grows by: a sixteenth of the memory, 2 to 256 MiB, unless given.",
     "huge": "Explicit 2 MiB pages: demanded, never, or if enough are free.",
     "fabric": "verbs if a device can be used, else tcp; or one that has to be.",
