@@ -22,6 +22,7 @@ class Status(IntEnum):
     STORED = 6
     EXISTS = 7
     DONE = 8
+    COLD = 9
     ERROR_LINK = 16
     ERROR_UNREACHABLE = 17
     ERROR_LENGTH = 18
@@ -47,6 +48,7 @@ _TEXT = {
     Status.STORED: "stored and visible to every peer",
     Status.EXISTS: "held already; nothing was copied",
     Status.DONE: "carried out",
+    Status.COLD: "held in flash only, and not staged in time",
     Status.ERROR_LINK: "the connection to the node broke under way",
     Status.ERROR_UNREACHABLE: "the node is not connected; it will be tried again by itself",
     Status.ERROR_LENGTH: "the slice is shorter than the block, or the namespace refuses this length",

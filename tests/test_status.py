@@ -38,4 +38,4 @@ def test_every_status_is_described_and_judged(status: Status) -> None:
 
 def test_numbers_of_a_newer_node_are_described_too() -> None:
     assert describe(99) == "error 99: unknown to this version of memkv"
-    assert describe(9) == "status 9: unknown to this version of memkv"
+    assert describe(10) == "status 10: unknown to this version of memkv"

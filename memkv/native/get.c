@@ -272,15 +272,23 @@ static void block_done(struct mkv_getjob *g, uint32_t f, const struct mkv_done *
     land(g, f, MKV_HIT);
 }
 
-static const struct mkv_slot *find(const struct mkv_getjob *g, uint32_t f, struct mkv_slot *copy) {
+/* The slot of a key in the buckets that were READ; a copy that a displacement left behind only if there is no
+ * other. */
+static int find(const struct mkv_getjob *g, uint32_t f, struct mkv_slot *out) {
     const uint8_t *key = key_bytes(g, g->flights[f].position);
     const uint8_t *buckets = flight_scratch(g, f) + 128;
+    int found = 0;
     for (uint32_t i = 0; i < 2 * MKV_BUCKET_SLOTS; i++) {
-        memcpy(copy, buckets + i * sizeof *copy, sizeof *copy);
-        if (mkv_location_state(copy->location) == MKV_SLOT_LIVE && !memcmp(copy->key, key, MKV_KEY_BYTES))
-            return copy;
+        struct mkv_slot slot;
+        memcpy(&slot, buckets + i * sizeof slot, sizeof slot);
+        if (mkv_location_state(slot.location) == MKV_SLOT_EMPTY || memcmp(slot.key, key, MKV_KEY_BYTES))
+            continue;
+        *out = slot;
+        found = 1;
+        if (!mkv_location_moved(slot.location))
+            break;
     }
-    return 0;
+    return found;
 }
 
 static void lookup_done(struct mkv_getjob *g, uint32_t f) {
@@ -291,14 +299,19 @@ static void lookup_done(struct mkv_getjob *g, uint32_t f) {
         return;
     }
     slot.location &= ~MKV_LOCATION_MOVED;
-    mkv_cache_put(g->view->cache, &slot);
+    int live = mkv_location_state(slot.location) == MKV_SLOT_LIVE;
+    if (live)
+        mkv_cache_put(g->view->cache, &slot);
     if (!g->slices) {
         hit(g, fl->position, slot.length);
         land(g, f, MKV_HIT);
-        return;
+    } else if (!live) {
+        g->cold++;
+        land(g, f, MKV_COLD);
+    } else {
+        fl->slot = slot;
+        begin_block(g, f, 0);
     }
-    fl->slot = slot;
-    begin_block(g, f, 0);
 }
 
 /* The epoch line is here: it starts the batch, or judges the hits that were complete when it was asked for.
@@ -413,7 +426,7 @@ static void learn_rate(struct mkv_getjob *g) {
 static void finish(struct mkv_getjob *g, int32_t rc) {
     count(&g->view->hits, g->hits);
     count(&g->view->misses, g->misses);
-    count(&g->view->errors, g->n - g->hits - g->misses);
+    count(&g->view->errors, g->n - g->hits - g->misses - g->cold);
     count(&g->view->bytes, g->bytes);
     g->job.ended_ns = mkv_now_ns();
     learn_rate(g);
@@ -464,7 +477,7 @@ void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t time
     uint64_t window = rate ? (uint64_t)((double)rate * (double)g->view->grace_ns / 8e9) : START_WINDOW;
     g->job = (struct mkv_job){.step = step, .ch = ch, .deadline_ns = now + timeout_ns, .started_ns = now};
     ch->window = window < MIN_WINDOW ? MIN_WINDOW : window;
-    g->next = g->finished = g->unknown = g->hits = g->misses = 0;
+    g->next = g->finished = g->unknown = g->cold = g->hits = g->misses = 0;
     g->provisional = g->confirmed = g->confirming = g->redo = g->redone = 0;
     g->bytes = 0;
     g->epoch_state = EPOCH_UNKNOWN;
@@ -475,4 +488,10 @@ void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t time
     g->free_flights = 0;
     for (uint32_t f = g->nflights; f-- > 0;)
         release(g, f);
+}
+
+void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++)
+        if (mkv_location_state(slots[i].location) == MKV_SLOT_LIVE)
+            mkv_cache_put(view->cache, &slots[i]);
 }

@@ -3,7 +3,8 @@
  *                      location cached ──────────────┐
  *   key ─► cache ─┤                                  ├─► READ live line + payload ─► verify ─► HIT
  *                      not ─► READ both buckets ─► found        │ fails once: look up again
- *                                               └► MISS         └ fails twice: STALE
+ *                                               ├► in flash: COLD  └ fails twice: STALE
+ *                                               └► MISS
  *
  * The argument for "verify" stands at the head of get.c.
  */
@@ -71,7 +72,7 @@ struct mkv_getjob {
     uint32_t checksum; /* nonzero: verify payload checksums (host memory only) */
     uint32_t fresh;    /* nonzero: do not trust the location cache */
     /* state */
-    uint32_t next, finished, free_flights, unknown;
+    uint32_t next, finished, free_flights, unknown, cold;
     uint32_t provisional, confirmed, confirming, redo, redone;
     uint32_t epoch_state, epoch;
     uint32_t hits, misses;
@@ -80,5 +81,8 @@ struct mkv_getjob {
 
 /* Prepares a job whose fields above "state" are set; the deadline is timeout_ns from now. */
 void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t timeout_ns);
+
+/* Notes down locations that the node has told us. */
+void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n);
 
 #endif

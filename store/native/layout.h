@@ -155,6 +155,7 @@ enum {
     MKV_STORED = 6,        /* put: published */
     MKV_EXISTS = 7,        /* put: the block was there already */
     MKV_DONE = 8,          /* touch, pin, unpin, delete: carried out */
+    MKV_COLD = 9,          /* get: held, but in flash only: to be staged by the node first */
     MKV_ERROR = 16,        /* from here on: errors, by reason */
     MKV_ERROR_LINK = 16,   /* the connection to the node broke under way */
     MKV_ERROR_UNREACHABLE, /* the node is not connected */
