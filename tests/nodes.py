@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -153,6 +154,7 @@ class NodeProcess:
         self.address = ("127.0.0.1", 0)
         self.metrics = ""
         self._process: subprocess.Popen[bytes] | None = None
+        self._announced = -1
 
     @property
     def pid(self) -> int:
@@ -161,6 +163,9 @@ class NodeProcess:
 
     def start(self) -> Self:
         """Starts it, on the port that it had before if any, and waits until it serves."""
+        return self.launch().ready()
+
+    def launch(self) -> Self:
         read, write = os.pipe()
         command = [sys.executable, "-m", "memkv.cli.node", "serve", "--ready-fd", str(write)]
         command += ["--listen", address_of(self), "--metrics", "127.0.0.1:0", "--clock", "plain"]
@@ -171,7 +176,12 @@ class NodeProcess:
             command, pass_fds=[write], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(write)
-        with open(read, "rb") as ready:
+        self._announced = read
+        return self
+
+    def ready(self) -> Self:
+        assert self._process is not None
+        with open(self._announced, "rb") as ready:
             assert select.select([ready], [], [], 60)[0], "the node did not start in time"
             words = ready.readline().decode().split()
         assert words[:1] == ["ready"], f"the node ended with {self._process.wait()}"
@@ -222,6 +232,56 @@ class NodeProcess:
     ) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
+
+
+class Proxy:
+    """Stands between a peer and a node's control port; may hold back what it gets, or cut the connections."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node.address
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self.listener.getsockname()
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here = self.listener.accept()[0]
+                there = socket.create_connection(self.node)
+                self._pairs.append((here, there))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.flowing.wait()
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Ends all connections; new ones are taken."""
+        pairs, self._pairs = self._pairs, []
+        for end in (end for pair in pairs for end in pair):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.flowing.set()
+        self.cut()
 
 
 @pytest.fixture
