@@ -21,6 +21,7 @@ VERSIONS = (1,)  # of the protocol, oldest first
 MAX_BATCH = 65536  # blocks in one message
 MAX_SLABS = 65536  # regions in one message
 KEY_BYTES = 16
+SLOT_BYTES = 32
 NONCE_BYTES = 32
 
 U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
@@ -36,6 +37,7 @@ Keys = Annotated[bytes, Meta(max_length=KEY_BYTES * MAX_BATCH)]
 U32s = Annotated[bytes, Meta(max_length=4 * MAX_BATCH)]
 U64s = Annotated[bytes, Meta(max_length=8 * MAX_BATCH)]
 U8s = Annotated[bytes, Meta(max_length=MAX_BATCH)]
+Slots = Annotated[bytes, Meta(max_length=SLOT_BYTES * MAX_BATCH)]
 Versions = Annotated[list[U16], Meta(min_length=1, max_length=16)]
 Scalar = int | float | str | bool
 Sections = dict[str, dict[str, Scalar]]
@@ -369,6 +371,35 @@ class StatsInfo(Message, frozen=True, tag=43):
 
     request: U64
     sections: Sections
+
+
+class Stage(Message, frozen=True, tag=44):
+    """Asks for blocks that are in flash only to be brought into memory.
+
+    ``prefetch``: nobody waits for them: they are brought and published, and the answers name no place.
+    """
+
+    COLUMNS: ClassVar = {"keys": 16}
+    request: U64
+    namespace: U32
+    keys: Keys
+    deadline_ms: U32 = 0
+    prefetch: bool = False
+
+
+class Staged(Message, frozen=True, tag=45):
+    """Some answers to a Stage, as blocks arrive; each index comes once, ``last`` is true in the final one.
+
+    ``indices`` point into the keys of the Stage. ``slots`` (struct mkv_slot) say where to READ a HIT; zero
+    for every other status, and for a prefetch.
+    """
+
+    COLUMNS: ClassVar = {"indices": 4, "statuses": 1, "slots": 32}
+    request: U64
+    indices: U32s
+    statuses: U8s
+    slots: Slots
+    last: bool
 
 
 # --- notices of the node ----------------------------------------------------------------------------------

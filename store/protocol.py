@@ -97,9 +97,11 @@ class State(Enum):
 
 _REQUESTS: Final = (
     m.OpenNamespace, m.OpenChannel, m.CloseChannel, m.OfferRegions, m.WithdrawRegions,
-    m.Put, m.Lookup, m.Match, m.Touch, m.Pin, m.Unpin, m.Delete, m.Stats,
+    m.Put, m.Lookup, m.Match, m.Touch, m.Pin, m.Unpin, m.Delete, m.Stats, m.Stage,
 )  # fmt: skip
-_REPLIES: Final = (m.NamespaceInfo, m.ChannelInfo, m.PutDone, m.Statuses, m.Count, m.StatsInfo, m.Done)
+_REPLIES: Final = (
+    m.NamespaceInfo, m.ChannelInfo, m.PutDone, m.Statuses, m.Count, m.StatsInfo, m.Staged, m.Done,
+)  # fmt: skip
 _NOTICES: Final = (m.SlabAdded, m.SlabRetired, m.TableChanged)
 _EITHER: Final = (m.Ping, m.Pong)
 

@@ -74,6 +74,7 @@ TYPES: dict[str, st.SearchStrategy[Any]] = {
     "Proof": st.binary(min_size=32, max_size=32),
     "Token": st.binary(max_size=64),
     "Gid": st.binary(min_size=16, max_size=16),
+    "bool": st.booleans(),
     "Sections": st.dictionaries(
         st.text(max_size=5),
         st.dictionaries(
@@ -426,7 +427,7 @@ def sample(kind: type[Any]) -> Any:
     plain: dict[str, Any] = {
         "U16": 1, "U32": 1, "U64": 1, "Text": "t", "Name": "n", "Nonce": b"x" * 32, "Proof": b"x" * 32,
         "Gid": b"g" * 16, "Token": b"", "Sections": {}, "list[Text]": [], "Versions": [1],
-        "Rails": [], "Ends": [], "Regions": [],
+        "Rails": [], "Ends": [], "Regions": [], "bool": False,
     }  # fmt: skip
     values = {}
     for name in kind.__struct_fields__:
@@ -628,7 +629,7 @@ WORDS = {
     "Proof": "bytes 32", "Token": "bytes ≤ 64", "Gid": "bytes 16", "Versions": "list u16",
     "Sections": "sections",
     "list[Text]": "list text", "Regions": "list RegionInfo", "Rails": "list RailKey", "Ends": "list RailInfo",
-    "Keys": "16·n", "U32s": "4·n", "U64s": "8·n", "U8s": "1·n", "Fabric": '"verbs" "tcp"',
+    "Keys": "16·n", "U32s": "4·n", "U64s": "8·n", "U8s": "1·n", "Slots": "32·n", "Fabric": '"verbs" "tcp"',
     "Durability": '"memory" "flash"',
 }  # fmt: skip
 
