@@ -685,8 +685,8 @@ class Peer:
         return self._call(ask(), t * len(self._links) + 1)
 
     def close(self) -> None:
-        """Leaves the nodes and withdraws everything. Blocking gets on other threads must have ended;
-        submitted and awaited batches are waited for, until their deadlines at most.
+        """Leaves the nodes and withdraws everything. Batches under way, on whatever thread, are waited for:
+        until their deadlines at most.
         """
         if self._closed:
             return
@@ -705,6 +705,7 @@ class Peer:
 
     async def _leave(self) -> None:
         await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
+        await asyncio.gather(*(pool.quiesce() for pool in list(self._pools)))
         if self._work:
             await asyncio.wait(set(self._work))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import numpy as np
@@ -30,7 +31,8 @@ class Touches:
             if self._scheduled:
                 return
             self._scheduled = True
-        self._loop.call_soon_threadsafe(self._loop.call_later, INTERVAL, self._send)
+        with contextlib.suppress(RuntimeError):  # the peer was closed just now
+            self._loop.call_soon_threadsafe(self._loop.call_later, INTERVAL, self._send)
 
     def _send(self) -> None:
         with self._lock:
