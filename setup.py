@@ -14,23 +14,13 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 if find_spec("cffi") is None:  # setuptools would only warn, and install a memkv without its C core
     raise SystemExit("memkv cannot be built: no cffi here: pip install cffi setuptools wheel")
 
-PACKAGES = [
-    "memkv",
-    "memkv.native",
-    "memkv.rdma",
-    "memkv.rdma.native",
-    "memkv.store",
-    "memkv.store.native",
-    "memkv.gpudirect",
-    "memkv.cli",
-]
 NATIVE = ["memkv/rdma/native", "memkv/store/native", "memkv/native"]
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g", "-U_FORTIFY_SOURCE"]
@@ -70,11 +60,11 @@ class BuildExt(build_ext):
     """The same flags for all three, and no older build left where Python would import it first."""
 
     def pre_run(self, ext, ffi):  # cffi calls it before it writes the C code of an extension
-        ext.extra_compile_args = list(CFLAGS)
+        ext.extra_compile_args = CFLAGS + [f for f in ext.extra_compile_args if f not in CFLAGS]
         ext.depends = [h for folder in NATIVE for h in glob(f"{folder}/*.h")]
         if os.environ.get("MEMKV_SANITIZE", "") not in ("", "0"):
             ext.extra_compile_args += SANITIZE
-            ext.extra_link_args = list(SANITIZE[:1])
+            ext.extra_link_args += SANITIZE[:1]
 
     def run(self):
         check_toolchain()
@@ -103,7 +93,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=PACKAGES,
+    packages=find_packages(include=["memkv", "memkv.*"]),  # it follows the links
     package_data={"memkv": ["py.typed"], **{f.replace("/", "."): ["*.pyi"] for f in NATIVE}},
     include_package_data=False,
     cffi_modules=[f"{folder}/build.py:ffi" for folder in NATIVE],

@@ -6,11 +6,12 @@ A rung that is not taken says what to do about it: a command or a package to ins
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..rdma import devices
 from ..rdma.clock import hypervisor
 from ..rdma.memory import HUGE
+from ..store.config import NodeConfig
 from . import cuda, host
 
 IFACE_MTU = 4200  # an Ethernet MTU that carries 4096-byte packets needs a little more
@@ -202,13 +203,14 @@ def memlock(memory: int, verbs: bool) -> Ladder:
 
 
 def flash() -> Ladder:
-    """What a flash tier would stand on."""
+    """What a flash tier stands on."""
     usable, why, do = host.io_uring()
+    kept = any("flash" in f.name for f in fields(NodeConfig))
     if not (host.ROOT / "usr/include/liburing.h").exists() and not do:
-        do = "apt install liburing-dev to build for it"
+        do = "apt install liburing-dev, then build again"
     return Ladder(
         "flash",
-        "how flash would be read and written; this version keeps blocks in memory only",
+        "how flash is read and written" + ("" if kept else "; this version keeps blocks in memory only"),
         (
             Rung("io_uring", usable, why, do),
             Rung("preadv/pwritev", True, "always there; one system call and one thread per request"),

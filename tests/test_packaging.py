@@ -135,19 +135,19 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @needs_build
-def test_wheel_has_the_rooms_and_nothing_of_the_build(wheel: Path) -> None:
+def test_wheel_has_every_module_and_nothing_of_the_build(wheel: Path, tree: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        str(Path("" if room == "memkv" else "memkv", file.relative_to(tree)))
+        for room in ("memkv", "rdma", "store", "gpudirect", "cli")
+        for file in (tree / room).rglob("*.py")
+        if file.name not in ("build.py", "cdef.py")
+    }
 
     assert wheel.name.startswith(f"memkv-{__version__}-cp311-abi3-linux_")
     assert names >= CORES
-    rooms = {
-        "memkv/peer.py",
-        "memkv/rdma/gid.py",
-        "memkv/store/node.py",
-        "memkv/cli/node.py",
-        "memkv/py.typed",
-    }
-    assert names >= rooms
+    assert names >= modules | {"memkv/py.typed"}
+    assert modules >= {"memkv/peer.py", "memkv/rdma/gid.py", "memkv/store/node.py", "memkv/cli/node.py"}
     assert not [n for n in names if n.endswith((".c", ".h", ".o", "native/build.py", "native/cdef.py"))]
     assert not [n for n in names if n.split("/")[0] not in ("memkv", f"memkv-{__version__}.dist-info")]
 
