@@ -4,14 +4,19 @@ The declarations that Python sees are cut out of the C headers (the parts marked
 cannot drift apart from what the compiler sees.
 """
 
+import os
 import re
+import shlex
+import subprocess
+import sysconfig
+import tempfile
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = "memkv/store/native"
 # Order matters: a type is declared before it is used.
-HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h"]
+HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h", "flashio.h"]
 SOURCES = [
     "checksum.c",
     "checksum_avx2.c",
@@ -29,6 +34,11 @@ SOURCES = [
     "namespace.c",
     "check.c",
     "put.c",
+    "flashio.c",
+    "flashio_run.c",
+    "flashio_uring.c",
+    "flashio_threads.c",
+    "flashio_fault.c",
 ]
 
 _MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)
@@ -43,6 +53,29 @@ def declarations(header: Path) -> str:
         raise ValueError(f"{header}: no part is marked /* cdef */ … /* end cdef */")
     return _EXPRESSION.sub(r"#define \1 ...", _COMMENT.sub("", marked))
 
+
+def has_liburing() -> bool:
+    """Whether the static liburing can be linked into an extension, which then needs none where it runs.
+
+    Without it the flash engine has its lower rung only, and says why.
+    """
+    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    command += shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CFLAGS", ""))
+    command += ["-shared", "-fPIC", "-xc", "-", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    source = (
+        "#include <liburing.h>\n"
+        "int probe(struct io_uring *r, struct io_uring_params *p)"
+        " { return io_uring_queue_init_params(8, r, p); }\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-l:liburing.a", "-o", f"{folder}/probe.so"]
+        try:
+            return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+        except OSError:  # no compiler; setup.py says so where something is to be built
+            return False
+
+
+LIBURING = has_liburing()
 
 # Inline functions of layout.h have bodies, which cffi does not read.
 INLINES = """
@@ -65,7 +98,9 @@ ffi.set_source(
     depends=[*(f"{HERE}/{name}" for name in HEADERS), f"{HERE}/checksum_body.h"],
     include_dirs=[HERE, "memkv/rdma/native"],
     extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
-    libraries=["pthread"],
+    define_macros=[("MKV_LIBURING", "1")] if LIBURING else [],
+    libraries=["pthread", *([":liburing.a"] if LIBURING else [])],
+    extra_link_args=["-Wl,--exclude-libs,liburing.a"],  # its symbols stay inside
 )
 
 if __name__ == "__main__":
