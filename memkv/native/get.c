@@ -60,8 +60,10 @@ static inline uint8_t *epoch_scratch(const struct mkv_getjob *g) {
     return flight_scratch(g, g->nflights);
 }
 
-static inline uint32_t *provisional_list(const struct mkv_getjob *g) {
-    return g->strict_scratch;
+/* Number i of the keys whose payload is here and whose epoch is not judged yet. A ring: a key may come by
+ * twice, but never while it is in it, so that there is room for n. */
+static inline uint32_t *provisional_at(const struct mkv_getjob *g, uint32_t i) {
+    return &g->strict_scratch[i % g->n];
 }
 static inline uint32_t *provisional_epoch(const struct mkv_getjob *g) {
     return g->strict_scratch + g->n;
@@ -260,10 +262,9 @@ static void block_done(struct mkv_getjob *g, uint32_t f, const struct mkv_done *
         return;
     }
     if (strict) { /* a HIT if the epoch agrees */
-        provisional_list(g)[g->provisional++] = fl->position;
+        uint32_t last_try = fl->failures ? 1u << 31 : 0;
+        *provisional_at(g, g->provisional++) = fl->position | last_try;
         provisional_epoch(g)[fl->position] = fl->epoch;
-        if (fl->failures) /* no third try */
-            provisional_list(g)[g->provisional - 1] |= 1u << 31;
         hit(g, fl->position, fl->slot.length);
         release(g, f);
         return;
@@ -323,7 +324,7 @@ static void epoch_done(struct mkv_getjob *g, const struct mkv_done *d) {
     if (good && e.table != __atomic_load_n(&g->view->table, __ATOMIC_RELAXED) >> 8)
         __atomic_store_n(&g->view->table_changed, 1, __ATOMIC_RELAXED);
     for (; g->confirmed < g->confirming; g->confirmed++) {
-        uint32_t entry = provisional_list(g)[g->confirmed], position = entry & ~(1u << 31);
+        uint32_t entry = *provisional_at(g, g->confirmed), position = entry & ~(1u << 31);
         if (good && (uint32_t)e.epoch - provisional_epoch(g)[position] <= STRICT_MOVES) {
             settle(g, position, MKV_HIT, d->posted_ns);
             continue;
@@ -407,7 +408,7 @@ static int start_keys(struct mkv_getjob *g) {
 static void give_up(struct mkv_getjob *g, uint64_t now) {
     uint8_t why = why_ended(g, now);
     for (; g->confirmed < g->provisional; g->confirmed++)
-        settle(g, provisional_list(g)[g->confirmed] & ~(1u << 31), why, 0);
+        settle(g, *provisional_at(g, g->confirmed) & ~(1u << 31), why, 0);
     for (; g->redone < g->redo; g->redone++)
         settle(g, redo_list(g)[g->redone], why, 0);
     for (; g->next < g->n; g->next++)
