@@ -266,11 +266,14 @@ static void push(struct verbs_channel *c, struct rail *rail) {
     while (!c->ch.broken && rail->next != rail->tail) {
         uint64_t now = mkv_now_ns();
         uint32_t n = 0;
+        int full = 0;
         while (n < LINK_MAX_WR && rail->next != rail->tail &&
                rail->seq_posted - rail->seq_done < rail->sq_depth) {
             int built = build(c, rail, now, &wr[n], sge[n]);
-            if (!built)
+            if (!built) {
+                full = 1;
                 break;
+            }
             if (built < 0)
                 continue;
             if (rail->quiet_wrs >= SIGNAL_WRS || rail->quiet_bytes >= SIGNAL_BYTES)
@@ -279,12 +282,12 @@ static void push(struct verbs_channel *c, struct rail *rail) {
                 wr[n - 1].next = &wr[n];
             n++;
         }
-        /* The newest request must be signalled if nothing later will be, or nothing earlier is. */
-        if (n && rail->quiet_wrs && (rail->next == rail->tail || !rail->signalled))
+        /* The newest request must be signalled if nothing later will be, or nothing earlier is: a window that
+         * is full opens by its completion alone. */
+        if (n && rail->quiet_wrs && (full || rail->next == rail->tail || !rail->signalled))
             signal_request(rail, &wr[n - 1]);
-        if (!n) { /* all queued ones turned out withdrawn: nobody else will signal for what was posted before
-                   */
-            if (rail->quiet_wrs && rail->next == rail->tail && !rail->signalled)
+        if (!n) { /* the window is full, or what was queued is withdrawn: no signal is to come for what was posted */
+            if (rail->quiet_wrs && !rail->signalled)
                 post_marker(rail);
             return;
         }
