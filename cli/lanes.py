@@ -149,7 +149,7 @@ class Lane:
     ) -> list[Statuses]:
         call: Callable[[Keys, Any], Statuses]
         if cold:  # the C core is told not to use the location cache
-            call = lambda k, s: self.peer._run(Batch(k, s, checksum, True), TIMEOUT).status  # noqa: E731
+            call = lambda k, s: self.peer._gets.run(Batch(k, s, checksum, True), TIMEOUT).status  # noqa: E731
         else:
             call = lambda k, s: self.peer.get_into(k, s, timeout=TIMEOUT, checksum=checksum)  # noqa: E731
         statuses = []

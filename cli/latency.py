@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batches import Batch
+from ..batches import Batch, Parts
 from ..peer import Peer
 from ..rdma.devices import Selection
 from ..rdma.errors import MemKVError
@@ -45,10 +45,10 @@ class TimedBatch(Batch):
         super().__init__(keys, slices, False, fresh)
         self.in_c_ns = 0
 
-    def unload(self) -> Any:
+    def unload(self, unknown: Parts, cold: Parts) -> None:
         jobs = [channel.job.job for _, channel, _ in self.under_way]
         self.in_c_ns += max((int(job.ended_ns) - int(job.started_ns) for job in jobs), default=0)
-        return super().unload()
+        super().unload(unknown, cold)
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class Calls:
             keys, slices = lane.keys[at : at + self.batch], lane.slices[at : at + self.batch]
             before = time.perf_counter_ns()
             batch = TimedBatch(keys, slices, fresh=self.fresh)
-            peer._run(batch, TIMEOUT)
+            peer._gets.run(batch, TIMEOUT)
             whole.append((time.perf_counter_ns() - before) / 1000)
             in_c.append(batch.in_c_ns / 1000)
             hits = int((batch.status == Status.HIT).sum())

@@ -1,7 +1,8 @@
 """Finding the memory behind what an application hands over.
 
-Anything with the buffer protocol (numpy, bytearray, mmap, a torch CPU tensor through numpy), or a plain ``(pointer, size)``.
-Device memory is recognised, so that it is refused by name instead of being read as host memory.
+Anything with the buffer protocol (numpy, bytearray, mmap, a torch CPU tensor through numpy), or a plain
+``(pointer, size)``. Device memory is recognised, so that it is refused by name instead of being read as host
+memory.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def connect(nodes: Any, namespace: str, **options: Any) -> Peer:
     """Connects to nodes and opens a namespace; see :class:`memkv.peer.Peer` for all options.
 
-    :param nodes: "host:port", or several; keys are placed on them by rendezvous hashing of their placement tags.
+    :param nodes: "host:port", or several; keys are placed on them by rendezvous hashing of their placement
+        tags.
     :param namespace: one per model and layout; made if it is missing, unless ``create=False``.
     :raises MemKVError: none of the nodes can be used. One of several that is down is only logged.
     """

@@ -31,14 +31,16 @@ class AsyncPeer:
         self._peer = peer
 
     async def _on_control(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.shield(asyncio.wrap_future(self._peer._start(coroutine)))
+        return await asyncio.shield(asyncio.wrap_future(self._peer._control.start(coroutine)))
 
     async def get_into(
         self, keys: Any, slices: Slices, *, timeout: float | None = None, checksum: bool | None = None
     ) -> Statuses:
         verify = self._peer.checksum if checksum is None else checksum
         batch = Batch(as_keys(keys), slices, verify, False)
-        return (await self._on_control(self._peer._run_async(batch, timeout))).status
+        return (
+            await self._on_control(self._peer._gets.run_async(batch, self._peer._seconds(timeout)))
+        ).status
 
     async def put_from(
         self,
@@ -49,7 +51,11 @@ class AsyncPeer:
         durability: str = "memory",
         checksums: npt.NDArray[np.uint64] | None = None,
     ) -> Statuses:
-        return await self._on_control(self._peer._put(as_keys(keys), slices, timeout, durability, checksums))
+        return await self._on_control(
+            self._peer._requests.put(
+                as_keys(keys), slices, self._peer._seconds(timeout), durability, checksums
+            )
+        )
 
     async def match(self, keys: Any, *, timeout: float | None = None) -> int:
         return await asyncio.to_thread(self._peer.match, keys, timeout=timeout)
@@ -57,8 +63,11 @@ class AsyncPeer:
     async def exists(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         return await asyncio.to_thread(self._peer.exists, keys, timeout=timeout)
 
+    async def stage(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        return await self._on_control(self._peer._requests.stage(as_keys(keys), self._peer._seconds(timeout)))
+
     async def touch(self, keys: Any) -> None:
-        await self._on_control(self._peer._touch(as_keys(keys)))
+        await self._on_control(self._peer._requests.touch(as_keys(keys)))
 
     async def pin(self, keys: Any, ttl: float, *, timeout: float | None = None) -> Statuses:
         return await asyncio.to_thread(self._peer.pin, keys, ttl, timeout=timeout)

@@ -18,6 +18,7 @@ from .status import Status
 
 Keys = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.uint32] | None
+Parts = list[tuple[Session, npt.NDArray[np.uint32]]]
 
 
 def as_keys(keys: Any) -> Keys:
@@ -94,32 +95,37 @@ class Batch:
         """Gives all keys at ``index`` a status."""
         self.status[slice(None) if index is None else index] = status
 
-    def unload(self) -> list[tuple[Session, Index]]:
-        """Gives the channels back after their jobs are done. What is left PENDING met a slab that is not
-        known yet: those come back, to be loaded again once the session has been refreshed.
+    def unload(self, unknown: Parts, cold: Parts) -> None:
+        """Gives the channels back after their jobs are done. ``unknown`` receives the keys left PENDING,
+        which met a slab that is not known yet, to be loaded again once the session has been refreshed;
+        ``cold`` those that are in flash only, to be staged.
         """
-        again: list[tuple[Session, Index]] = []
         for session, channel, index in self.under_way:
             job = channel.job
-            undrained, unknown = job.job.undrained, job.unknown
+            undrained, met_unknown, met_cold = job.job.undrained, job.unknown, job.cold
             if job.job.rc:  # late, or the channel broke
                 session.doubt()
             session.pool.give_back(channel)  # destroys it if it is broken: from here nothing can write
             if undrained:
-                self._replace_pending(index, Status.TIMEOUT)
-            elif unknown:
-                mine = (
-                    np.flatnonzero(self.status == Status.PENDING)
-                    if index is None
-                    else index[self.status[index] == 0]
-                )
-                again.append((session, mine.astype(np.uint32)))
-            elif session.view.table_changed and session.closed is None:
+                pending = self._with(index, Status.PENDING)
+                self.status[pending] = Status.TIMEOUT
+                continue
+            if met_unknown:
+                unknown.append((session, self._with(index, Status.PENDING)))
+            if met_cold:
+                cold.append((session, self._with(index, Status.COLD)))
+            if session.view.table_changed and session.closed is None:
                 session.view.table_changed = 0
                 session.loop.call_soon_threadsafe(session.refresh_soon)
         self.under_way.clear()
-        return again
 
-    def _replace_pending(self, index: Index, status: Status) -> None:
-        where = np.arange(len(self.status)) if index is None else index
-        self.status[where[self.status[where] == Status.PENDING]] = status
+    def _with(self, index: Index, status: Status) -> npt.NDArray[np.uint32]:
+        """The keys among ``index`` (None: all) that have a status."""
+        if index is None:
+            return np.flatnonzero(self.status == status).astype(np.uint32)
+        found: npt.NDArray[np.uint32] = index[self.status[index] == status]
+        return found
+
+    def replace(self, old: Status, new: Status) -> None:
+        """Gives every key that has one status another."""
+        self.status[self.status == old] = new

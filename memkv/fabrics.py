@@ -24,7 +24,8 @@ def choose_fabric(
 ) -> Fabric:
     """The best fabric that the node offers and this machine has.
 
-    :param offered: the node's, from its Welcome. :param local_address: ours toward it: the GID should carry it.
+    :param offered: the node's, from its Welcome. :param local_address: ours toward it: the GID should carry
+        it.
     :param demanded: "auto", or one that must be taken.
     :raises DeviceError: verbs was demanded, or is all that the node offers, and cannot be used here.
     """
@@ -38,7 +39,8 @@ def choose_fabric(
         toward = None if loopback else local_address
         try:
             rails = [
-                rdma_devices.select(name, ib_port, gid_index, toward) for name in (devices or [None])  # type: ignore[list-item]
+                rdma_devices.select(name, ib_port, gid_index, toward)
+                for name in (devices or [None])  # type: ignore[list-item]
             ]
             return VerbsFabric(rails, max_msg=max_msg)
         except DeviceError as exc:

@@ -8,34 +8,32 @@ All methods may be called from any thread.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import os
-import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .aio import AsyncPeer
-from .batches import Batch, Index, Keys, as_keys, check_slices
+from .batches import Batch, Index, Keys, as_keys
 from .buffers import Buffer, Slices
-from .channels import ChannelPool, ReadChannel
+from .channels import ChannelPool
+from .control import Control
 from .fabrics import choose_fabric
+from .gets import Gets, prefix
 from .gpudirect.buffers import resolve
 from .link import Link
 from .placement import Placement
-from .puts import put_part
-from .rdma.errors import DeadlineError, LocalError, MemKVError
+from .rdma.errors import LocalError, MemKVError
 from .rdma.fabric import Fabric
-from .rdma.jobs import Loop, run
+from .requests import Requests
 from .session import Session, Settings
-from .status import Status
+from .staging import MESSAGE_KEYS
 from .store import messages as m
 from .tickets import Ticket
 from .touches import Touches
@@ -43,11 +41,9 @@ from .wire import to_region
 
 log = logging.getLogger("memkv.peer")
 
-T = TypeVar("T")
 Statuses = npt.NDArray[np.uint8]
 
 GALLOP = (16, 64, 256)  # keys looked up one-sidedly before match asks the nodes
-MESSAGE_KEYS = 16384
 DEFAULT_PORT = 7420
 LONGEST = 3600.0  # seconds that a call may be given
 LONGEST_PIN_MS = 2**32 - 1
@@ -120,80 +116,23 @@ class Peer:
         self._links = [Link(name, settings, self._attach) for name in names]
         self._buffers: dict[int, Buffer] = {}
         self._pools: weakref.WeakSet[ChannelPool] = weakref.WeakSet()  # of sessions that are over, too
-        self._work: set[asyncio.Task[Any]] = set()
-        self._closed = False
+        self._control = Control()
         self._tickets: deque[Ticket] = deque()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._progress = Loop()
-        self.loop = asyncio.new_event_loop()
         self.aio = AsyncPeer(self)
-        self._touches = Touches(self.loop) if auto_touch else None
-        self._thread = threading.Thread(target=self._control, name="memkv-control", daemon=True)
-        self._thread.start()
+        touches = Touches(self._control.loop) if auto_touch else None
+        self._gets = Gets(self._control, self._parts, touches)
+        self._requests = Requests(self._parts)
         try:
-            self._call(self._connect(), timeout * 4)
+            self._control.call(self._connect(), timeout * 4)
         except BaseException:
             self.close()
             raise
 
-    # --- the control thread ---
-
-    def _control(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.add_reader(self._progress.fd, self._reap_jobs)
-        self.loop.run_forever()
-        self.loop.remove_reader(self._progress.fd)
-        left = asyncio.all_tasks(self.loop)
-        for task in left:
-            task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.loop.run_until_complete(self.loop.shutdown_default_executor())
-        self.loop.close()
-
-    def _start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Runs a coroutine on the control thread. :meth:`close` waits for it.
-
-        :raises LocalError: the peer is closed.
-        """
-
-        async def tracked() -> T:
-            task: Any = asyncio.current_task()
-            self._work.add(task)
-            try:
-                return await coroutine
-            finally:
-                self._work.discard(task)
-
-        if not self._closed:
-            running = tracked()
-            try:
-                return asyncio.run_coroutine_threadsafe(running, self.loop)
-            except RuntimeError:  # closed just now
-                running.close()
-        coroutine.close()
-        raise LocalError("the peer is closed")
-
-    def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
-        """The same, and waits for it. It should end by itself: ``timeout`` is for what should not happen."""
-        if threading.current_thread() is self._thread:
-            coroutine.close()
-            raise LocalError("a blocking call from a callback of memkv itself", "use peer.aio")
-        future = self._start(coroutine)
-        try:
-            return future.result(timeout)
-        except TimeoutError:
-            if future.done():  # a DeadlineError of its own
-                raise
-            future.cancel()
-            raise DeadlineError("this took longer than it may", "a longer timeout") from None
+    # --- connecting ---
 
     def _seconds(self, timeout: float | None) -> float:
         return min(max(0.0, self.timeout if timeout is None else timeout), LONGEST)
-
-    def _reap_jobs(self) -> None:
-        for future in self._progress.reap():
-            if not future.done():
-                future.set_result(None)
 
     async def _connect(self) -> None:
         errors = await asyncio.gather(*(link.connect() for link in self._links), return_exceptions=True)
@@ -235,7 +174,7 @@ class Peer:
             it is until the :class:`Buffer` is closed. A read-only one can only be put from.
         :raises LocalError: not usable memory. :raises DeviceError: the kernel refuses (memlock).
         """
-        if self._closed:
+        if self._control.closed:
             raise LocalError("the peer is closed")
         memory = resolve(buffer)
         into = None
@@ -252,14 +191,14 @@ class Peer:
             raise
         handle = Buffer(self, memory, into, out)
         self._buffers[id] = handle
-        self._call(self._tell_all(lambda s: s.offer([handle.desc])), self.timeout + 1)
+        self._control.call(self._tell_all(lambda s: s.offer([handle.desc])), self.timeout + 1)
         return handle
 
     def _unregister(self, handle: Buffer) -> None:
         if self._buffers.pop(handle.id, None) is None:
             return
-        if not self._closed:
-            self._call(self._let_go(np.array([handle.id], "<u4").tobytes()), None)
+        if not self._control.closed:
+            self._control.call(self._let_go(np.array([handle.id], "<u4").tobytes()), None)
         for region in (handle._into, handle._out):
             if region is not None:
                 region.close()
@@ -313,13 +252,13 @@ class Peer:
             part = keys[start : start + stage]
             if not len(part):
                 return start
-            held = _prefix(self._lookup(part, timeout))
+            held = prefix(self._lookup(part, timeout))
             start += held
             if held < len(part):
                 return start
         while start < len(keys):
             part = keys[start : start + MESSAGE_KEYS]
-            held = _prefix(self._ask_lookup(part, timeout))
+            held = prefix(self._ask_lookup(part, timeout))
             start += held
             if held < len(part):
                 break
@@ -331,7 +270,7 @@ class Peer:
         return self._lookup(keys, timeout) if len(keys) <= GALLOP[-1] else self._ask_lookup(keys, timeout)
 
     def _lookup(self, keys: Keys, timeout: float | None) -> Statuses:
-        return self._run(Batch(keys, None, False, True), timeout).status
+        return self._gets.run(Batch(keys, None, False, True), self._seconds(timeout)).status
 
     def _ask_lookup(self, keys: Keys, timeout: float | None) -> Statuses:
         return self._rpc(keys, timeout, lambda s, k, t: lambda r: m.Lookup(r, s.info.namespace, k))
@@ -358,126 +297,19 @@ class Peer:
         :returns: (n,) uint8 of :class:`~memkv.status.Status`; a slice's content is undefined unless HIT.
         """
         batch = Batch(as_keys(keys), slices, self.checksum if checksum is None else checksum, False)
-        status = self._run(batch, timeout).status
+        status = self._gets.run(batch, self._seconds(timeout)).status
         if lengths is not None:
             lengths[:] = batch.lengths
         return status
 
-    def _run(self, batch: Batch, timeout: float | None) -> Batch:
-        """Drives a batch to its end on this thread."""
-        if self._closed:
-            raise LocalError("the peer is closed")
-        until = time.monotonic() + self._seconds(timeout)
-        parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
-        for attempt in range(3):
-            again = self._round(batch, parts, until)
-            if not again:
-                break
-            parts = self._refresh(batch, again, until, attempt)
-        self._note_hits(batch)
-        return batch
+    def stage(self, keys: Any, *, timeout: float | None = None) -> Statuses:
+        """Has the nodes bring blocks that they hold in flash into memory, without fetching them: what an
+        engine announces is faster to get later. :meth:`submit_stage` does not wait.
 
-    def _round(
-        self, batch: Batch, parts: Sequence[tuple[Session | None, Index]], until: float
-    ) -> list[tuple[Session, Index]]:
-        """Each part over a channel to its node, all at once; one that has to wait for a channel holds up no
-        other.
-
-        :returns: as :meth:`Batch.unload`.
+        :returns: (n,) uint8: HIT (in memory now), MISS, TIMEOUT, CORRUPT or an error.
         """
-        jobs: list[Any] = []
-        again: list[tuple[Session, Index]] = []
-        waiting: dict[concurrent.futures.Future[ReadChannel], tuple[Session, Index]] = {}
-        try:
-            for session, index in parts:
-                if session is None:
-                    batch.set(index, Status.ERROR_UNREACHABLE)
-                elif (channel := session.pool.try_take()) is not None:
-                    jobs.append(batch.load(session, channel, index, until - time.monotonic()))
-                else:
-                    waiting[session.pool.request()] = (session, index)
-            while jobs or waiting:
-                if jobs:
-                    run(jobs)
-                    again += batch.unload()
-                jobs = []
-                if not waiting:
-                    break
-                left = max(0.0, until - time.monotonic())
-                granted, _ = concurrent.futures.wait(waiting, left, concurrent.futures.FIRST_COMPLETED)
-                if not granted:
-                    break
-                for future in granted:
-                    session, index = waiting.pop(future)
-                    if (error := future.exception()) is None:
-                        jobs.append(batch.load(session, future.result(), index, until - time.monotonic()))
-                    else:
-                        batch.set(index, _no_channel(error))
-        finally:
-            batch.unload()  # there is something left only if this was interrupted
-            for future, (session, index) in waiting.items():
-                batch.set(index, Status.TIMEOUT)
-                session.pool.forgo(future)
-        return again
-
-    def _refresh(
-        self, batch: Batch, again: list[tuple[Session, Index]], until: float, attempt: int
-    ) -> list[tuple[Session | None, Index]]:
-        """Learns of slabs that were met for the first time; keys that met one twice over are given up."""
-        parts: list[tuple[Session | None, Index]] = []
-        for session, index in again:
-            if attempt == 2:
-                batch.set(index, Status.STALE)
-                continue
-            with contextlib.suppress(MemKVError, TimeoutError):
-                self._call(session.refresh(), max(0.0, until - time.monotonic()))
-            parts.append((session if session.closed is None else None, index))
-        return parts
-
-    async def _run_async(self, batch: Batch, timeout: float | None) -> Batch:
-        """The same on the control thread, driven by the progress thread."""
-        until = time.monotonic() + self._seconds(timeout)
-        parts = [(link.session, index) for link, index in self._parts(batch.keys)] if len(batch.keys) else []
-        for attempt in range(3):
-            driven = [self._drive(batch, session, index, until) for session, index in parts]
-            faults = [e for e in await asyncio.gather(*driven, return_exceptions=True) if e is not None]
-            again = batch.unload()
-            if faults:
-                raise faults[0]
-            if not again:
-                break
-            parts = []
-            for session, index in again:
-                if attempt == 2:
-                    batch.set(index, Status.STALE)
-                    continue
-                with contextlib.suppress(MemKVError, TimeoutError):
-                    await asyncio.wait_for(session.refresh(), max(0.0, until - time.monotonic()))
-                parts.append((session if session.closed is None else None, index))
-        self._note_hits(batch)
-        return batch
-
-    async def _drive(self, batch: Batch, session: Session | None, index: Index, until: float) -> None:
-        if session is None:
-            batch.set(index, Status.ERROR_UNREACHABLE)
-            return
-        try:
-            channel = session.pool.try_take() or await session.pool.take(max(0.0, until - time.monotonic()))
-        except MemKVError as exc:
-            batch.set(index, _no_channel(exc))
-            return
-        future: asyncio.Future[None] = self.loop.create_future()
-        self._progress.submit(batch.load(session, channel, index, until - time.monotonic()), future)
-        await future
-
-    def _note_hits(self, batch: Batch) -> None:
-        if self._touches is None or batch.slices is None:
-            return
-        hits = batch.keys[batch.status == Status.HIT]
-        if len(hits):
-            for link, index in self._parts(hits):
-                if link.session is not None:
-                    self._touches.add(link.session, hits if index is None else hits[index])
+        t = self._seconds(timeout)
+        return self._control.call(self._requests.stage(as_keys(keys), t), t + 5)
 
     # --- keeping ---
 
@@ -499,42 +331,14 @@ class Peer:
         :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the
             slices.
         """
-        work = self._put(as_keys(keys), slices, timeout, durability, checksums)
-        return self._call(work, self._seconds(timeout) * 2 + 10)
-
-    async def _put(
-        self, keys: Keys, slices: Slices, timeout: float | None, durability: str, checksums: Any
-    ) -> Statuses:
-        check_slices(slices, len(keys))
-        if checksums is not None and (np.shape(checksums) != (len(keys),) or checksums.dtype != np.uint64):
-            raise LocalError(
-                "checksums are an array of dtype uint64, one per key", "docs/layout.md, Checksum"
-            )
-        status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
-        until = time.monotonic() + self._seconds(timeout)
-        tasks = []
-        for link, index in self._parts(keys) if len(keys) else []:
-            if link.session is not None:
-                whole = np.arange(len(keys), dtype=np.uint32) if index is None else index
-                for i in range(0, len(whole), MESSAGE_KEYS):
-                    part = whole[i : i + MESSAGE_KEYS]
-                    sums = None if checksums is None else checksums[part]
-                    tasks.append(put_part(link.session, keys, slices, part, status, until, durability, sums))
-        await asyncio.gather(*tasks)
-        return status
+        t = self._seconds(timeout)
+        return self._control.call(
+            self._requests.put(as_keys(keys), slices, t, durability, checksums), t * 2 + 10
+        )
 
     def touch(self, keys: Any) -> None:
         """Tells the nodes that blocks are in use, so that they are evicted later. Gets do it themselves."""
-        keys = as_keys(keys)
-        self._call(self._touch(keys), self.timeout)
-
-    async def _touch(self, keys: Keys) -> None:
-        for link, index in self._parts(keys):
-            session = link.session
-            mine = keys if index is None else keys[index]
-            for i in range(0, len(mine), MESSAGE_KEYS):
-                if session is not None:
-                    session.say(m.Touch(session.info.namespace, mine[i : i + MESSAGE_KEYS].tobytes()))
+        self._control.call(self._requests.touch(as_keys(keys)), self.timeout)
 
     def pin(self, keys: Any, ttl: float, *, timeout: float | None = None) -> Statuses:
         """Keeps blocks from being evicted for ``ttl`` seconds: DONE, MISS, or ERROR_FULL over the limit.
@@ -558,31 +362,7 @@ class Peer:
 
     def _rpc(self, keys: Keys, timeout: float | None, make: Any) -> Statuses:
         t = self._seconds(timeout)
-        return self._call(self._rpc_async(keys, t, make), t + 5)
-
-    async def _rpc_async(self, keys: Keys, timeout: float, make: Any) -> Statuses:
-        status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
-
-        async def one(session: Session, part: npt.NDArray[np.uint32]) -> None:
-            try:
-                made = make(session, keys[part].tobytes(), int(timeout * 1000))
-                reply: m.Statuses = await session.ask(made, timeout)
-                status[part] = np.frombuffer(reply.statuses, np.uint8)
-            except DeadlineError:
-                status[part] = Status.TIMEOUT
-            except MemKVError as exc:
-                status[part] = Status.ERROR_LINK if session.closed else Status.ERROR_REFUSED
-                log.debug("%s: %s", session.host, exc)
-
-        tasks = []
-        for link, index in self._parts(keys) if len(keys) else []:
-            if link.session is not None:
-                whole = np.arange(len(keys), dtype=np.uint32) if index is None else index
-                tasks += [
-                    one(link.session, whole[i : i + MESSAGE_KEYS]) for i in range(0, len(whole), MESSAGE_KEYS)
-                ]
-        await asyncio.gather(*tasks)
-        return status
+        return self._control.call(self._requests.ask(keys, t, make), t + 5)
 
     # --- callers with a loop of their own ---
 
@@ -599,9 +379,13 @@ class Peer:
         batch = Batch(as_keys(keys), slices, self.checksum, False)
 
         async def work() -> Statuses:
-            return (await self._run_async(batch, timeout)).status
+            return (await self._gets.run_async(batch, self._seconds(timeout))).status
 
         return self._submit(work(), tag)
+
+    def submit_stage(self, keys: Any, *, timeout: float | None = None, tag: object = None) -> Ticket:
+        """Announces blocks and returns at once. See :meth:`stage`."""
+        return self._submit(self._requests.stage(as_keys(keys), self._seconds(timeout)), tag)
 
     def submit_put(
         self,
@@ -613,7 +397,8 @@ class Peer:
         tag: object = None,
     ) -> Ticket:
         """Starts a put and returns at once. See :meth:`put_from`."""
-        return self._submit(self._put(as_keys(keys), slices, timeout, durability, None), tag)
+        t = self._seconds(timeout)
+        return self._submit(self._requests.put(as_keys(keys), slices, t, durability, None), tag)
 
     def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object) -> Ticket:
         ticket = Ticket(tag)
@@ -631,7 +416,7 @@ class Peer:
             os.eventfd_write(self._event, 1)
 
         try:
-            self._start(follow())
+            self._control.start(follow())
         except LocalError:
             work.close()
             raise
@@ -641,7 +426,7 @@ class Peer:
         """Tickets that are done, oldest first; after :meth:`close` those that were under way, too. Never
         blocks.
         """
-        if not self._closed:
+        if not self._control.closed:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._event)
         out = []
@@ -682,19 +467,16 @@ class Peer:
                         out[link.address] = dict(info.sections)
             return out
 
-        return self._call(ask(), t * len(self._links) + 1)
+        return self._control.call(ask(), t * len(self._links) + 1)
 
     def close(self) -> None:
         """Leaves the nodes and withdraws everything. Batches under way, on whatever thread, are waited for:
         until their deadlines at most.
         """
-        if self._closed:
+        if self._control.closed:
             return
-        self._closed = True
-        asyncio.run_coroutine_threadsafe(self._leave(), self.loop).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self._progress.close()
+        self._control.closed = True
+        self._control.finish(self._leave())
         for handle in list(self._buffers.values()):
             self._unregister(handle)
         if self.fabric is not None:
@@ -706,22 +488,10 @@ class Peer:
     async def _leave(self) -> None:
         await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
         await asyncio.gather(*(pool.quiesce() for pool in list(self._pools)))
-        if self._work:
-            await asyncio.wait(set(self._work))
+        await self._control.settle()
 
     def __enter__(self) -> Peer:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _prefix(status: Statuses) -> int:
-    """Keys from the start that are HITs."""
-    bad = np.flatnonzero(status != Status.HIT)
-    return int(bad[0]) if len(bad) else len(status)
-
-
-def _no_channel(error: BaseException) -> Status:
-    """The status of keys for which no channel could be had."""
-    return Status.TIMEOUT if isinstance(error, DeadlineError) else Status.ERROR_UNREACHABLE

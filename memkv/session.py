@@ -78,6 +78,7 @@ class Session:
         self.get_domain: Domain
         self.put_domain: Domain
         self._requests: dict[int, asyncio.Future[Any]] = {}
+        self._streams: dict[int, Callable[[Any], None]] = {}
         self._next = 1
         self._tasks: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
@@ -176,10 +177,19 @@ class Session:
             self._spawn(self._slab_retired(message))
         elif isinstance(message, m.TableChanged):
             self._spawn(self._table_changed(message))
+        elif isinstance(message, m.Staged):
+            stream = self._streams.pop(message.request, None)
+            if stream is not None:
+                if not message.last:
+                    self._streams[message.request] = stream
+                stream(message)
         else:
             if isinstance(message, m.NamespaceInfo):
                 self._learn(message)  # at once: a notice behind it already takes it for known
-            future = self._requests.pop(getattr(message, "request", 0), None)
+            request = getattr(message, "request", 0)
+            future = self._requests.pop(request, None)
+            if isinstance(message, m.Refusal) and (stream := self._streams.pop(request, None)):
+                stream(RefusedError(message.message, message.hint, code=message.code))
             if future is None or future.done():
                 return
             if isinstance(message, m.Refusal):
@@ -191,6 +201,21 @@ class Session:
         """Sends a message that is not answered."""
         if self.closed is None:
             self.writer.write(self.protocol.send(message))
+
+    def stream(self, make: Any, take: Callable[[Any], None]) -> None:
+        """Sends ``make(request id)``, which is answered in parts: ``take`` gets each, or the error that ends
+        them.
+        """
+        if self.closed is not None:
+            take(self.closed)
+            return
+        request, self._next = self._next, self._next + 1
+        try:
+            self.writer.write(self.protocol.send(make(request)))
+        except MemKVError as exc:
+            take(exc)
+        else:
+            self._streams[request] = take
 
     async def ask(self, make: Any, timeout: float | None = None) -> Any:
         """Sends ``make(request id)`` and returns the reply.
@@ -226,6 +251,9 @@ class Session:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # retrieved: whoever asked may have gone
+        streams, self._streams = self._streams, {}
+        for take in streams.values():
+            take(error)
         if hasattr(self, "pool"):
             self.pool.close(error)
         if self.pull is not None:

@@ -1,4 +1,6 @@
-"""Touches: one-sided READs are invisible to the node, so hits are reported to it now and then, many at a time."""
+"""Touches: one-sided READs are invisible to the node, so hits are reported to it now and then, many at a
+time.
+"""
 
 from __future__ import annotations
 

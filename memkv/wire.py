@@ -1,4 +1,4 @@
-"""Between the fabrics' descriptions and the control protocol's messages: the same facts, packed for the wire."""
+"""Between the fabrics' descriptions and the control protocol's messages: the same facts for the wire."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The ``ibv_qp *`` behind a pyverbs QP, proven before anybody uses it.
 
-pyverbs 61 and later have an integer property. Before that every class keeps its C pointer as the first field after
-those of ``PyverbsCM``, so it lies at ``id(obj) + PyverbsCM.__basicsize__``. Either way C checks what it finds against
-the number, type and protection domain that pyverbs reports; on a mismatch we raise, we never guess.
+pyverbs 61 and later have an integer property. Before that every class keeps its C pointer as the first field
+after those of ``PyverbsCM``, so it lies at ``id(obj) + PyverbsCM.__basicsize__``. Either way C checks what it
+finds against the number, type and protection domain that pyverbs reports; on a mismatch we raise, we never
+guess.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """pyverbs, under one set of names, whichever version is installed.
 
 Debian 12 has 44 (flat names in ``pyverbs.enums``), 50 and later keep them in enum classes of
-``pyverbs.libibverbs_enums``. Nothing else in memkv imports pyverbs, and importing this module never fails: ask
-:func:`missing` first.
+``pyverbs.libibverbs_enums``. Nothing else in memkv imports pyverbs, and importing this module never fails:
+ask :func:`missing` first.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import resource
 import subprocess
@@ -60,13 +61,15 @@ def names() -> list[str]:
 def local_addresses() -> list[str]:
     """The IP addresses of this machine's interfaces (from ``ip``; empty if that is not installed)."""
     try:
-        out = subprocess.run(["ip", "-o", "addr"], capture_output=True, text=True, timeout=5, check=True).stdout
+        out = subprocess.run(
+            ["ip", "-o", "addr"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
     for line in out.splitlines():
         words = line.split()
-        for kind, value in zip(words, words[1:], strict=False):
+        for kind, value in itertools.pairwise(words):
             if kind in ("inet", "inet6"):
                 found.append(value.split("/")[0])
     return found
@@ -92,7 +95,9 @@ def probe(name: str) -> Device:
         ports = tuple(_port(ctx, name, n) for n in range(1, attr.phys_port_cnt + 1))
         dma_buf, why_dma = _probe_dma_buf(ctx)
         odp, why_odp = _probe_odp(ctx)
-        driver = (SYS / name / "device" / "driver").resolve().name if (SYS / name / "device").exists() else "rxe"
+        driver = (
+            (SYS / name / "device" / "driver").resolve().name if (SYS / name / "device").exists() else "rxe"
+        )
         return Device(
             name=name,
             driver=driver,
@@ -169,11 +174,15 @@ class Selection:
 
 
 def select(
-    device: str | None = None, port: int | None = None, gid_index: int | None = None, toward: str | None = None
+    device: str | None = None,
+    port: int | None = None,
+    gid_index: int | None = None,
+    toward: str | None = None,
 ) -> Selection:
     """Chooses device, port and GID; whatever the user names is taken, the rest is ranked.
 
-    :param toward: an address of this machine that the port should carry (the address that the node listens on).
+    :param toward: an address of this machine that the port should carry (the address that the node listens
+        on).
     :raises DeviceError: nothing usable, with everything that was looked at in the message.
     :raises LocalError: the user named something that does not exist.
     """
@@ -184,7 +193,7 @@ def select(
         raise DeviceError(
             "no RDMA device",
             0,
-            "soft-RoCE: modprobe rdma_rxe && rdma link add rxe0 type rxe netdev IFACE; or run under script/softroce",
+            "soft-RoCE: modprobe rdma_rxe && rdma link add rxe0 type rxe netdev IFACE; or script/softroce",
         )
     addresses = local_addresses()
     carried = {ipaddress.ip_address(a.split("%")[0]) for a in addresses}
@@ -203,5 +212,7 @@ def select(
             rank = (not match, choice.gid.address not in carried, -p.mtu)
             found.append((rank, Selection(info, p, choice, f"{name} port {p.number}: {choice.reason}")))
     if not found:
-        raise DeviceError("no usable RDMA port: " + "; ".join(looked), 0, "ip link set IFACE up; ip addr add …")
+        raise DeviceError(
+            "no usable RDMA port: " + "; ".join(looked), 0, "ip link set IFACE up; ip addr add …"
+        )
     return min(found, key=lambda pair: pair[0])[1]

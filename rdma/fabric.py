@@ -1,4 +1,5 @@
-"""What every fabric offers: domains of registered memory, and channels that READ from one domain into another.
+"""What every fabric offers: domains of registered memory, and channels that READ from one domain into
+another.
 
 ::
 
@@ -9,8 +10,8 @@
                                                    .connect(offer of the other end)
                                                    .channel      the C channel, where we are the reader
 
-A :class:`RemoteTable` holds the other side's regions by id. Descriptors of READs carry (region id, offset) only, so
-they are the same whatever the fabric and however many rails.
+A :class:`RemoteTable` holds the other side's regions by id. Descriptors of READs carry (region id, offset)
+only, so they are the same whatever the fabric and however many rails.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class Domain(ABC):
         owner: object = None,
         region_id: int | None = None,
     ) -> Region:
-        """Registers ``length`` bytes at ``address``, either for READs of ours to land in or, with ``remote_read``,
-        for the other side to READ.
+        """Registers ``length`` bytes at ``address``, either for READs of ours to land in or, with
+        ``remote_read``, for the other side to READ.
 
         :param region_id: the id to use (below 2²¹), the caller's to keep apart; by default the next one.
         :raises DeviceError: the kernel refuses (memlock, an address that is not mapped).
@@ -183,7 +184,9 @@ class Domain(ABC):
         self.regions.pop(region.id, None)
 
     @abstractmethod
-    def _register(self, address: int, length: int, access: int) -> tuple[list[Any], list[tuple[int, int, int]], int]:
+    def _register(
+        self, address: int, length: int, access: int
+    ) -> tuple[list[Any], list[tuple[int, int, int]], int]:
         """Handles, one (iova, lkey, rkey) per rail, and the secret."""
 
     @abstractmethod

@@ -1,7 +1,8 @@
 """Choosing the GID by which a port is addressed, and saying why.
 
-A RoCE port has a table of them: RoCE v1 and v2, link-local, IPv4-mapped, one per VLAN. Taking the first or a fixed index
-is the classic way to a connection that hangs. The choice here is a ranking whose reasons can be printed.
+A RoCE port has a table of them: RoCE v1 and v2, link-local, IPv4-mapped, one per VLAN. Taking the first or a
+fixed index is the classic way to a connection that hangs. The choice here is a ranking whose reasons can be
+printed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def read_table(device: str, port: int, sys: Path = SYS) -> list[Gid]:
             netdev = (base / "gid_attrs/ndevs" / file.name).read_text().strip()
         except OSError:  # an empty entry's attributes cannot be read
             continue
-        table.append(Gid(index, value, "IB" if kind.startswith("IB") and "RoCE" not in kind else kind, netdev))
+        table.append(
+            Gid(index, value, "IB" if kind.startswith("IB") and "RoCE" not in kind else kind, netdev)
+        )
     return table
 
 
@@ -77,7 +80,9 @@ def choose(
     :raises DeviceError: the table is empty.
     """
     if not table:
-        raise DeviceError("the port has no GID", 0, "give its network interface an address: ip addr add … dev …")
+        raise DeviceError(
+            "the port has no GID", 0, "give its network interface an address: ip addr add … dev …"
+        )
     if index is not None:
         for gid in table:
             if gid.index == index:

@@ -1,7 +1,7 @@
 """Driving batches from Python: on the caller's thread, or by one C thread with an eventfd.
 
-A job is a C struct that begins with ``struct mkv_job``; whoever makes one keeps it and everything it points to alive until
-it is done.
+A job is a C struct that begins with ``struct mkv_job``; whoever makes one keeps it and everything it points
+to alive until it is done.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def run(jobs: list[Any]) -> None:
     lib.mkv_run(array, len(jobs))
 
 
-def read_batch(
-    channel: Any, reads: npt.NDArray[np.void], timeout: float = 5.0
-) -> npt.NDArray[np.void]:
+def read_batch(channel: Any, reads: npt.NDArray[np.void], timeout: float = 5.0) -> npt.NDArray[np.void]:
     """Carries out a list of READs and waits for all of them.
 
     :param channel: of an :class:`~memkv.rdma.fabric.Endpoint` that reads.
@@ -81,7 +79,9 @@ class _Entry:
 
 
 class Loop:
-    """A C thread that drives submitted jobs. ``fd`` is an eventfd that is readable while :meth:`reap` has some."""
+    """A C thread that drives submitted jobs. ``fd`` is an eventfd that is readable while :meth:`reap` has
+    some.
+    """
 
     def __init__(self) -> None:
         self._loop: Any = lib.mkv_loop_new()
@@ -99,11 +99,11 @@ class Loop:
 
     def reap(self) -> list[Any]:
         """The owners of jobs that are done, oldest first."""
-        owners = []
+        owners: list[Any] = []
         while True:
             n = lib.mkv_loop_reap(self._loop, self._out, 64)
-            for i in range(n):
-                owners.append(self._under_way.pop(int(ffi.cast("uintptr_t", self._out[i]))).owner)
+            done = (int(ffi.cast("uintptr_t", self._out[i])) for i in range(n))
+            owners.extend(self._under_way.pop(address).owner for address in done)
             if n < 64:
                 return owners
 

@@ -1,7 +1,7 @@
 """Host memory that is worth registering: page-aligned, from huge pages if there are any, and zeroed.
 
-The ladder is explicit 2 MiB pages (hugetlbfs), else transparent huge pages, else normal ones; ``pages`` and ``reason`` say
-what was taken and why.
+The ladder is explicit 2 MiB pages (hugetlbfs), else transparent huge pages, else normal ones; ``pages`` and
+``reason`` say what was taken and why.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class HostMemory:
             try:
                 self.map = mmap.mmap(-1, self.nbytes, flags=flags)
             except OSError as exc:
-                raise DeviceError(f"no memory: {exc.strerror}", exc.errno or 0, "a smaller --memory") from None
+                raise DeviceError(
+                    f"no memory: {exc.strerror}", exc.errno or 0, "a smaller --memory"
+                ) from None
             if huge is not False and self.nbytes >= HUGE:
                 self._transparent()
         self.address = _address(self.map)
@@ -56,7 +58,9 @@ class HostMemory:
     def _huge(self, flags: int) -> mmap.mmap | None:
         free = _meminfo("HugePages_Free")
         if free * HUGE < self.nbytes:
-            self.reason = f"{free} huge pages are free, {self.nbytes // HUGE} would be needed (sysctl vm.nr_hugepages)"
+            self.reason = (
+                f"{free} huge pages are free, {self.nbytes // HUGE} would be needed (sysctl vm.nr_hugepages)"
+            )
             return None
         try:
             mapping = mmap.mmap(-1, self.nbytes, flags=flags | _MAP_HUGETLB | _MAP_POPULATE)

@@ -1,7 +1,8 @@
 """The tcp fabric: one-sided READ semantics over sockets, for machines without an RDMA device.
 
-Each fabric has one C responder thread that serves READs of registered, REMOTE_READ regions, and on the node one listener
-that hands incoming data connections to the endpoints they belong to. A data connection begins with a preamble::
+Each fabric has one C responder thread that serves READs of registered, REMOTE_READ regions, and on the node
+one listener that hands incoming data connections to the endpoints they belong to. A data connection begins
+with a preamble::
 
     0          8                 40
     │"MKVDATA1"│ token, 32 bytes │        answered by one byte, "K", once the endpoint has the socket
@@ -42,7 +43,9 @@ class TcpFabric(Fabric):
 
     name = "tcp"
 
-    def __init__(self, listen: tuple[str, int] | None = None, *, streams: int = STREAMS, reason: str = "") -> None:
+    def __init__(
+        self, listen: tuple[str, int] | None = None, *, streams: int = STREAMS, reason: str = ""
+    ) -> None:
         self.streams = streams
         self.reason = reason or "tcp was asked for"
         self.responder: Any = lib.mkv_tcp_responder_new()
@@ -178,7 +181,9 @@ class TcpDomain(Domain):
         self.tcp = fabric
         self.endpoints: set[TcpEndpoint] = set()
 
-    def _register(self, address: int, length: int, access: int) -> tuple[list[Any], list[tuple[int, int, int]], int]:
+    def _register(
+        self, address: int, length: int, access: int
+    ) -> tuple[list[Any], list[tuple[int, int, int]], int]:
         return [], [], secrets.randbits(64) | 1 if access & REMOTE_READ else 0
 
     def _unregister(self, region: Region) -> None:
@@ -202,7 +207,9 @@ class TcpDomain(Domain):
 class TcpEndpoint(Endpoint):
     """Some sockets: dialled (the peer) or awaited (the node); read from, or handed to the responder."""
 
-    def __init__(self, domain: TcpDomain, role: Role, remote: RemoteTable | None, depth: int, dial: bool) -> None:
+    def __init__(
+        self, domain: TcpDomain, role: Role, remote: RemoteTable | None, depth: int, dial: bool
+    ) -> None:
         self.domain = domain
         self.role = role
         self.remote = remote
@@ -232,7 +239,9 @@ class TcpEndpoint(Endpoint):
         hint = f"is {host}:{other.port} (the node's data port) reachable from here? --data-port fixes it"
         for _ in range(other.streams):
             try:
-                sock = socket.create_connection((host, other.port), timeout=max(0.05, until - time.monotonic()))
+                sock = socket.create_connection(
+                    (host, other.port), timeout=max(0.05, until - time.monotonic())
+                )
                 sock.sendall(MAGIC + other.token)
                 answer = sock.recv(1)
             except TimeoutError:

@@ -1,7 +1,8 @@
 """The verbs fabric: pyverbs makes and connects everything, C posts and polls.
 
-A domain is one protection domain per device; an endpoint is one RC queue pair per rail with a completion queue of its own.
-Only READ is ever enabled: no memory region and no queue pair of ours allows remote writes or atomics.
+A domain is one protection domain per device; an endpoint is one RC queue pair per rail with a completion
+queue of its own. Only READ is ever enabled: no memory region and no queue pair of ours allows remote writes
+or atomics.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class VerbsFabric(Fabric):
 
     name = "verbs"
 
-    def __init__(self, selections: list[devices.Selection], *, max_msg: int = 0, grace_ns: int = 10**9) -> None:
+    def __init__(
+        self, selections: list[devices.Selection], *, max_msg: int = 0, grace_ns: int = 10**9
+    ) -> None:
         if missing():
             raise DeviceError(missing(), 0, HINT)
         if not 1 <= len(selections) <= 4:
@@ -87,7 +90,9 @@ class VerbsDomain(Domain):
         self.pds = [pv().PD(ctx) for ctx in fabric.contexts]
         self.endpoints: set[VerbsEndpoint] = set()
 
-    def _register(self, address: int, length: int, access: int) -> tuple[list[Any], list[tuple[int, int, int]], int]:
+    def _register(
+        self, address: int, length: int, access: int
+    ) -> tuple[list[Any], list[tuple[int, int, int]], int]:
         flags = int(pv().IBV_ACCESS_REMOTE_READ if access & REMOTE_READ else pv().IBV_ACCESS_LOCAL_WRITE)
         mrs: list[Any] = []
         try:
@@ -203,7 +208,7 @@ class VerbsEndpoint(Endpoint):
             raise DeviceError(
                 f"queue pair {self.qps[rail].qp_num} cannot be connected: {exc}",
                 getattr(exc, "error_code", 0),
-                f"GID index {s.gid.gid.index} was used; --gid-index takes another, memkv-node doctor lists them",
+                f"GID index {s.gid.gid.index} was used; --gid-index, memkv-node doctor lists them",
             ) from None
 
     def _open_channel(self) -> None:

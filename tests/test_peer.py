@@ -747,7 +747,7 @@ def test_a_call_from_the_control_thread_is_refused(peer: Peer) -> None:
         except BaseException as exc:
             caught.append(exc)
 
-    peer.loop.call_soon_threadsafe(call)
+    peer._control.loop.call_soon_threadsafe(call)
     until(lambda: caught)
     assert isinstance(caught[0], LocalError)
     assert not isinstance(caught[0], DeadlineError)

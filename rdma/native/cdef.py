@@ -1,7 +1,7 @@
 """Cuts the declarations that cffi needs out of our C headers, so that they are written once.
 
-The headers are plain enough for that: what goes is preprocessor lines (but integer constants stay), static inline
-functions, static assertions and comments.
+The headers are plain enough for that: what goes is preprocessor lines (but integer constants stay), static
+inline functions, static assertions and comments.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def test_one_read_scatters_into_four_places(pair: Pair) -> None:
     assert read_batch(pair.connect(), reads)["status"][0] == 0
     at = 1000
     for offset, length in parts:
-        assert np.array_equal(pair.target.array[offset : offset + length], pair.source.array[at : at + length])
+        assert np.array_equal(
+            pair.target.array[offset : offset + length], pair.source.array[at : at + length]
+        )
         at += length
 
 
@@ -128,7 +130,8 @@ def test_a_domain_serves_its_own_regions_only(pair: Pair) -> None:
 
 
 def test_the_deadline_ends_a_batch_and_nothing_is_written_afterwards(pair: Pair) -> None:
-    """A READ that is under way when the deadline passes: its memory is ours again once the status is there."""
+    """A READ that is under way when the deadline passes: its memory is ours again once the status is there.
+    """
     channel = pair.connect()
     count = 4000
     reads = pair.reads(np.arange(count) % 8 << 20, 1 << 20)
