@@ -212,7 +212,8 @@ def test_a_batch_that_is_refused_as_a_whole(peer: Peer) -> None:
 
 def test_a_fault_of_the_batchs_own_ends_its_ticket(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = Blocks(peer, 2)
-    monkeypatch.setattr(peer, "_parts", lambda keys: 1 // 0)
+    for part in (peer._gets, peer._requests):
+        monkeypatch.setattr(part, "_route", lambda keys: 1 // 0)
     peer.submit_put(keys_of(2), blocks.slices)
     peer.submit_get(keys_of(2), blocks.slices)
     for ticket in collect(peer, 2):
