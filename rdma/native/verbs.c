@@ -286,7 +286,7 @@ static void push(struct verbs_channel *c, struct rail *rail) {
          * is full opens by its completion alone. */
         if (n && rail->quiet_wrs && (full || rail->next == rail->tail || !rail->signalled))
             signal_request(rail, &wr[n - 1]);
-        if (!n) { /* the window is full, or what was queued is withdrawn: no signal is to come for what was posted */
+        if (!n) { /* the window is full, or all else is withdrawn: nobody signals for what was posted */
             if (rail->quiet_wrs && !rail->signalled)
                 post_marker(rail);
             return;
