@@ -423,8 +423,8 @@ class Session:
         try:
             return await asyncio.wait_for(asyncio.shield(opening), timeout)
         except TimeoutError:
-            if opening.done():
-                raise
+            if opening.done():  # just now, or with a DeadlineError of its own
+                return opening.result()
             raise DeadlineError("no channel for puts could be opened in time", "a longer timeout") from None
 
     async def _open_pull(self) -> Endpoint:
