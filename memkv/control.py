@@ -82,8 +82,8 @@ class Control:
         try:
             return future.result(timeout)
         except TimeoutError:
-            if future.done():  # a DeadlineError of its own
-                raise
+            if future.done():  # just now, or with a DeadlineError of its own
+                return future.result()
             future.cancel()
             raise DeadlineError("this took longer than it may", "a longer timeout") from None
 
