@@ -7,9 +7,8 @@
  *
  * The price is that a displacement does not make room at once but after the grace period. So buckets are
  * relieved ahead of need (when they become full), and an insertion that finds both of its buckets full starts
- * a displacement and says -EAGAIN. Below three quarters of full this does not happen in practice, and the
- * namespace asks for a larger table there; random keys fill a table to more than nine tenths if somebody
- * waits for the room.
+ * a displacement and says -EAGAIN. Up to five eighths of full this does not happen, and there the namespace
+ * asks for a larger table; random keys fill a table to more than nine tenths if somebody waits for the room.
  *
  * One writer at a time (the namespace's lock); readers take no lock. An index allocates when it is made,
  * never later.
@@ -42,6 +41,9 @@ int mkv_index_find(const struct mkv_index *ix, const uint8_t key[16], struct mkv
 int mkv_index_room(struct mkv_index *ix, const uint8_t key[16]);
 /* Inserts an entry, whose location must not be zero or moved. Errors as above. */
 int mkv_index_insert(struct mkv_index *ix, const struct mkv_slot *entry);
+/* Changes the entry of that key in place, between LIVE and FLASH or to another place on flash; its location must
+ * not be moved. 0 or -ENOENT. */
+int mkv_index_change(struct mkv_index *ix, const struct mkv_slot *entry);
 /* Takes an entry and its moved copies out of sight. 0 or -ENOENT. */
 int mkv_index_remove(struct mkv_index *ix, const uint8_t key[16]);
 
