@@ -7,8 +7,10 @@
  * against the slab table, and the block's live line must then repeat key, length and generation. So a torn
  * slot costs one wasted READ. To make even that rare, an entry is written into an *empty* slot, location word
  * last, and taken away by zeroing the location word; a location word is never changed from one block's to
- * another's without having been zero. The one change in place is the moved bit, within the one word, and it
- * does not change where the word points.
+ * another's without having been zero. Two changes are made in place, each within the one word: the moved bit,
+ * which does not change where the word points, and the step between LIVE and FLASH of the same block. When a
+ * block becomes LIVE its new generation is written first: together with the old location, which says FLASH, it
+ * means nothing, and the old generation with the new location agrees with no line, for it never recurs.
  *
  * Why displacement causes no false miss. An entry is written into its other bucket before the old slot is
  * marked, and the old slot stays readable until the tick that ends its grace period. A reader whose two
@@ -278,6 +280,31 @@ int mkv_index_remove(struct mkv_index *ix, const uint8_t key[16]) {
     return rc;
 }
 
+/* Moved copies follow to FLASH, but not to LIVE: the ring knows a copy by its generation. A copy that goes on
+ * saying FLASH is as good as any: whoever follows it asks the node. */
+int mkv_index_change(struct mkv_index *ix, const struct mkv_slot *entry) {
+    uint64_t at[2];
+    int rc = -ENOENT;
+    candidates(ix, entry->key, at);
+    for (int c = 0; c < 2; c++)
+        for (unsigned i = 0; i < MKV_BUCKET_SLOTS; i++) {
+            struct mkv_slot *s = &ix->bucket[at[c]].slot[i];
+            if (is_empty(s) || !has_key(s, entry->key))
+                continue;
+            if (is_moved(s)) {
+                if (mkv_location_state(entry->location) == MKV_SLOT_FLASH)
+                    store_word_last(&s->location, entry->location | MKV_LOCATION_MOVED);
+                continue;
+            }
+            word from[4];
+            memcpy(from, entry, sizeof from);
+            store_word((word *)s + 2, from[2]);
+            store_word_last(&s->location, from[3]);
+            rc = 0;
+        }
+    return rc;
+}
+
 uint64_t mkv_index_tick(struct mkv_index *ix, uint64_t epoch, uint64_t table, int keep) {
     uint64_t n = 0;
     store_word_last(&ix->epoch->table, table);
@@ -319,9 +346,11 @@ int mkv_index_check(const struct mkv_index *ix) {
             CHECK(s->location >> 45 == 0 && mkv_location_state(s->location) != MKV_SLOT_EMPTY);
             const struct mkv_slot *entry = find(ix, s->key, at);
             CHECK(entry);
-            if (is_moved(s)) { /* says the same as the entry itself */
-                CHECK(s->generation == entry->generation && s->length == entry->length);
-                CHECK((s->location & ~MKV_LOCATION_MOVED) == entry->location);
+            if (is_moved(s)) { /* says the same as the entry itself, or that it is on flash */
+                if (mkv_location_state(s->location) == MKV_SLOT_LIVE)
+                    CHECK(s->generation == entry->generation && s->length == entry->length);
+                if (mkv_location_state(s->location) == mkv_location_state(entry->location))
+                    CHECK((s->location & ~MKV_LOCATION_MOVED) == entry->location);
                 copies++;
             } else {
                 CHECK(s == entry); /* and no key is there twice */

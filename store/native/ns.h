@@ -165,6 +165,7 @@ void mkv_pins_expire(struct mkv_ns *ns, uint64_t max);
 int mkv_ns_room(struct mkv_ns *ns, const uint8_t key[16]);           /* as mkv_index_room */
 void mkv_ns_insert(struct mkv_ns *ns, const struct mkv_slot *entry); /* after mkv_ns_room said 0 */
 void mkv_ns_remove(struct mkv_ns *ns, const uint8_t key[16]);
+void mkv_ns_change(struct mkv_ns *ns, const struct mkv_slot *entry); /* in place; there is one of that key */
 void mkv_tables_tick(struct mkv_ns *ns);
 int mkv_table_wanted(const struct mkv_ns *ns);
 
