@@ -40,20 +40,29 @@ def available(tool: str) -> str:
 
 def read_bandwidth(where: Selection, size: int, count: int) -> Outcome:
     """``count`` READs of ``size`` bytes by ib_read_bw, in GB/s."""
-    text, note = _run("ib_read_bw", where, ["-s", str(size), "-n", str(max(5, count)), "--report_gbits"])
-    found = parse(text, size) if text else None
-    if found is None or not math.isfinite(found[2]):
-        return Outcome(None, note or "ib_read_bw printed no figure")
-    return Outcome(found[2] / 8)  # columns: peak, average, rate
+    found, note = _figures("ib_read_bw", where, size, count, ["--report_gbits"], 4)
+    return Outcome(found[2] / 8) if found else Outcome(None, note)  # peak, average, rate
 
 
 def read_latency(where: Selection, size: int, count: int) -> Outcome:
     """``count`` READs of ``size`` bytes, one at a time, by ib_read_lat, in µs."""
-    text, note = _run("ib_read_lat", where, ["-s", str(size), "-n", str(max(5, count))])
-    found = parse(text, size) if text else None
-    if found is None or len(found) < 8 or not math.isfinite(found[3]):
-        return Outcome(None, note or "ib_read_lat printed no figure")
-    return Outcome(found[3], p99_us=found[6], p999_us=found[7])
+    found, note = _figures("ib_read_lat", where, size, count, [], 8)
+    return Outcome(found[3], p99_us=found[6], p999_us=found[7]) if found else Outcome(None, note)
+
+
+def _figures(
+    tool: str, where: Selection, size: int, count: int, more: list[str], columns: int
+) -> tuple[list[float], str]:
+    """A tool's line, or nothing and the reason. It times the processor's clock itself and, on a busy machine,
+    sometimes fails to: then all its figures are infinite, and it is run again."""
+    for _ in range(3):
+        text, note = _run(tool, where, ["-s", str(size), "-n", str(max(5, count)), *more])
+        if not text:
+            return [], note
+        found = parse(text, size)
+        if found is not None and len(found) >= columns and all(map(math.isfinite, found)):
+            return found, ""
+    return [], f"{tool} printed no figure"
 
 
 def parse(text: str, size: int) -> list[float] | None:
