@@ -238,9 +238,9 @@ static void *engine(void *arg) {
 
 /* --- the callers' side --- */
 
-/* The lock is held; whether the thread is to be woken. */
+/* The lock is held; whether the thread is to be woken. It is awake where it asks itself, in a callback. */
 static int rouse(struct mkv_flashio *f) {
-    int asleep = f->sleeping;
+    int asleep = f->sleeping && !pthread_equal(pthread_self(), f->thread);
     f->sleeping = 0;
     return asleep;
 }
