@@ -46,7 +46,7 @@ def check_slices(slices: Any, n: int) -> None:
 
 
 def _pointer(kind: str, array: npt.NDArray[Any] | None) -> Any:
-    return ffi.NULL if array is None else ffi.cast(kind, ffi.from_buffer(array))
+    return ffi.NULL if array is None else ffi.from_buffer(kind, array)
 
 
 class Batch:
@@ -77,13 +77,13 @@ class Batch:
         n = len(self.keys) if index is None else len(index)
         job = channel.job
         strict = np.zeros(3 * n, np.uint32) if channel.view.strict else None
-        job.keys = _pointer("const uint8_t *", self.keys)
-        job.index = _pointer("const uint32_t *", index)
-        job.slices = _pointer("const struct mkv_slice *", self.slices)
-        job.status = _pointer("uint8_t *", self.status)
-        job.lengths = _pointer("uint32_t *", self.lengths)
-        job.elapsed_us = _pointer("uint32_t *", self.elapsed_us)
-        job.strict_scratch = _pointer("uint32_t *", strict)
+        job.keys = _pointer("uint8_t[]", self.keys)
+        job.index = _pointer("uint32_t[]", index)
+        job.slices = _pointer("struct mkv_slice[]", self.slices)
+        job.status = _pointer("uint8_t[]", self.status)
+        job.lengths = _pointer("uint32_t[]", self.lengths)
+        job.elapsed_us = _pointer("uint32_t[]", self.elapsed_us)
+        job.strict_scratch = _pointer("uint32_t[]", strict)
         job.n = n
         job.checksum = self.checksum
         job.fresh = self.fresh

@@ -26,6 +26,7 @@ class ReadChannel:
     def __init__(self, endpoint: Endpoint, domain: Domain, view: Any) -> None:
         self.endpoint = endpoint
         self.view = view
+        self._channel = ffi.cast("struct mkv_channel *", endpoint.channel)
         nbytes = FLIGHTS * lib.MKV_FLIGHT_SCRATCH + 64
         self.memory = HostMemory(nbytes, huge=False)
         self.region = domain.register(self.memory.address, self.memory.nbytes, owner=self.memory)
@@ -42,13 +43,12 @@ class ReadChannel:
     @property
     def usable(self) -> bool:
         """False once its queue pair or socket has failed."""
-        return not ffi.cast("struct mkv_channel *", self.endpoint.channel).broken
+        return not self._channel.broken
 
     def start(self, timeout: float) -> None:
         """Readies the job whose inputs have been set. With no time left it ends at its first step."""
         self.uses += 1
-        channel = ffi.cast("struct mkv_channel *", self.endpoint.channel)
-        lib.mkv_getjob_init(self.job, channel, max(0, int(timeout * 1e9)))
+        lib.mkv_getjob_init(self.job, self._channel, max(0, int(timeout * 1e9)))
 
     def close(self) -> None:
         self.endpoint.close()

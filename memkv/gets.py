@@ -202,11 +202,7 @@ class Gets:
     def _note_hits(self, batch: Batch) -> None:
         if self._touches is None or batch.slices is None:
             return
-        hits = batch.keys[batch.status == Status.HIT]
-        if len(hits):
-            for link, index in self._route(hits):
-                if link.session is not None:
-                    self._touches.add(link.session, hits if index is None else hits[index])
+        self._touches.add(batch.keys, batch.status)
 
 
 def _request(batch: Batch, cold: Parts, until: float, take: Callable[[Answer], Any]) -> int:

@@ -120,9 +120,9 @@ class Peer:
         self._tickets: deque[Ticket] = deque()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.aio = AsyncPeer(self)
-        touches = Touches(self._control.loop) if auto_touch else None
-        self._gets = Gets(self._control, self._parts, touches)
         self._requests = Requests(self._parts)
+        touches = Touches(self._control.loop, self._requests.touch) if auto_touch else None
+        self._gets = Gets(self._control, self._parts, touches)
         try:
             self._control.call(self._connect(), timeout * 4)
         except BaseException:

@@ -7,40 +7,52 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .session import Session
-from .store import messages as m
+from .batches import Keys
+from .status import Status
 
 INTERVAL = 1.0  # seconds
-MOST = 16384  # keys kept for one session; of more, the newest
+MOST_BATCHES = 16384  # kept; of more, the newest
+MOST_KEYS = 65536
 
 
 class Touches:
-    """Collects keys from any thread; sends them from the control thread."""
+    """Collects batches from any thread; sends their hits from the control thread.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    :param send: coroutine function that tells the nodes of keys.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, send: Callable[[Keys], Coroutine[Any, Any, None]]
+    ) -> None:
         self._loop = loop
+        self._send = send
         self._lock = threading.Lock()
-        self._keys: dict[Session, list[npt.NDArray[np.uint8]]] = {}
+        self._batches: deque[tuple[Keys, npt.NDArray[np.uint8]]] = deque(maxlen=MOST_BATCHES)
         self._scheduled = False
 
-    def add(self, session: Session, keys: npt.NDArray[np.uint8]) -> None:
+    def add(self, keys: Keys, status: npt.NDArray[np.uint8]) -> None:
+        """Notes down a batch. It is only copied here; which keys were hits is found out later, for many at
+        once.
+        """
         with self._lock:
-            self._keys.setdefault(session, []).append(keys)
+            self._batches.append((keys.copy(), status.copy()))
             if self._scheduled:
                 return
             self._scheduled = True
         with contextlib.suppress(RuntimeError):  # the peer was closed just now
-            self._loop.call_soon_threadsafe(self._loop.call_later, INTERVAL, self._send)
+            self._loop.call_soon_threadsafe(self._loop.call_later, INTERVAL, self._flush)
 
-    def _send(self) -> None:
+    def _flush(self) -> None:
         with self._lock:
-            taken, self._keys = self._keys, {}
+            taken, self._batches = self._batches, deque(maxlen=MOST_BATCHES)
             self._scheduled = False
-        for session, lists in taken.items():
-            if session.closed is None:
-                keys = np.unique(np.concatenate(lists)[-MOST:], axis=0)
-                session.say(m.Touch(session.info.namespace, keys.tobytes()))
+        hits = np.concatenate([keys[status == Status.HIT] for keys, status in taken])[-MOST_KEYS:]
+        if len(hits):
+            self._task = self._loop.create_task(self._send(np.unique(hits, axis=0)))

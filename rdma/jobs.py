@@ -45,6 +45,9 @@ def now_ns() -> int:
 
 def run(jobs: list[Any]) -> None:
     """Runs jobs (``struct mkv_job *``) to their end on this thread, without the GIL."""
+    if len(jobs) == 1:
+        lib.mkv_run_one(ffi.cast("struct mkv_job *", jobs[0]))
+        return
     array = ffi.new("struct mkv_job *[]", [ffi.cast("struct mkv_job *", j) for j in jobs])
     lib.mkv_run(array, len(jobs))
 

@@ -117,6 +117,10 @@ void mkv_run(struct mkv_job **jobs, uint32_t n) {
     }
 }
 
+void mkv_run_one(struct mkv_job *job) {
+    mkv_run(&job, 1);
+}
+
 struct mkv_loop {
     pthread_t thread;
     pthread_mutex_t lock;

@@ -10,6 +10,7 @@ uint64_t mkv_spin_ns(void);
 
 /* Runs jobs to their end on this thread. */
 void mkv_run(struct mkv_job **jobs, uint32_t n);
+void mkv_run_one(struct mkv_job *job);
 
 /* A thread that drives whatever is submitted; finished jobs are collected by reap, and the eventfd becomes
  * readable. */
