@@ -37,6 +37,9 @@ HELP = {
     "block_bytes": "Namespaces: payload of a block, where the peer does not say.",
     "align": "Namespaces: alignment of payloads.",
     "grace_ms": "Namespaces: how long the bytes of an evicted block stay as they are.",
+    "flash": "A file or block device that blocks go to; SIZE makes the file (repeat it for more devices).",
+    "dirty_bytes": "May wait to be written to flash; 0: half of the memory.",
+    "flash_threads": "Demands threads for flash I/O, so many a device; 0: io_uring if it can be had.",
     "clock": "What peers are advised: strict where a clock may stand still; auto: strict under a hypervisor.",
     "max_sessions": "Control connections at once.",
     "max_namespaces": "Namespaces at once.",
@@ -45,7 +48,8 @@ HELP = {
     "max_requests": "Requests of one session under way at once.",
     "max_channels": "Channels of one session.",
     "max_regions": "Regions that one session may offer at once.",
-    "put_timeout_ms": "For puts whose peer does not say.",
+    "put_timeout_ms": "For puts and deletes whose peer does not say.",
+    "stage_timeout_ms": "For bringing blocks from flash, where the peer does not say.",
     "ack_timeout_ms": "For a session to act on a notice, else it is closed.",
     "log_level": "What is logged, to standard error.",
 }
@@ -56,6 +60,7 @@ METAVAR = {
     "fabric": "auto|verbs|tcp",
     "devices": "NAME",
     "align": "512|4096",
+    "flash": "PATH[:SIZE]",
     "clock": "auto|plain|strict",
     "secret_file": "FILE",
     "log_level": "debug|info|warning|error",
@@ -93,7 +98,7 @@ def _option(name: str) -> Callable[[F], F]:
     if isinstance(default, bool):
         return click.option(name, f"{flag}/--no-{flag[2:]}", default=None, help=text)
     metavar = METAVAR.get(name)
-    if name == "devices":
+    if name in ("devices", "flash"):
         return click.option(*names, metavar=metavar, multiple=True, help=text)
     if isinstance(default, int) and name not in _SIZES:
         return click.option(*names, type=int, metavar=metavar or "N", help=text)
@@ -135,7 +140,7 @@ def as_toml(config: NodeConfig) -> str:
 
 
 def _literal(name: str, value: Any) -> str:
-    if isinstance(value, tuple) and name == "devices":
+    if isinstance(value, tuple) and name in ("devices", "flash"):
         return f"[{', '.join(map(_quoted, value))}]"
     written = _written(name, value)
     plain = isinstance(value, int) and name not in _SIZES and name != "huge"

@@ -36,6 +36,22 @@ def parse_size(value: int | str, knob: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+@dataclass(frozen=True, slots=True)
+class FlashPath:
+    """PATH[:SIZE] of a command line; size 0: what is there."""
+
+    path: Path
+    size: int
+
+
+def parse_path(text: str) -> FlashPath:
+    """PATH or PATH:SIZE."""
+    path, colon, size = text.rpartition(":")
+    if colon and size[:1].isdigit():
+        return FlashPath(Path(path), parse_size(size, "flash"))
+    return FlashPath(Path(text), 0)
+
+
 def parse_address(value: str | Address, knob: str, default_port: int = DEFAULT_PORT) -> Address:
     """(host, port) from "HOST:PORT", "HOST", "[::1]:PORT"."""
     hint = f"{knob} takes HOST:PORT, an IPv6 address in brackets"
@@ -103,6 +119,9 @@ class NodeConfig:
     block_bytes: int = MIB  # of namespaces whose peer does not say
     align: int = 4096
     grace_ms: int = 1000
+    flash: tuple[str, ...] = ()  # PATH[:SIZE] of files or block devices; empty: memory only
+    dirty_bytes: int = 0  # that may wait to be written to flash; 0: half of the memory
+    flash_threads: int = 0  # demands threads for flash I/O, so many a device; 0: io_uring if it can be had
     clock: str = "plain"  # what peers are advised: "strict" where their clocks may stand still
     max_sessions: int = 1024
     max_namespaces: int = 64
@@ -111,7 +130,8 @@ class NodeConfig:
     max_requests: int = 256  # of one session, under way at once
     max_channels: int = 32  # of one session
     max_regions: int = 65536  # offered by one session at once
-    put_timeout_ms: int = 30_000  # of puts whose peer does not say
+    put_timeout_ms: int = 30_000  # of puts and deletes whose peer does not say
+    stage_timeout_ms: int = 10_000  # of stages whose peer does not say
     ack_timeout_ms: int = 30_000  # for a session to act on a notice, else it is closed
     log_level: str = "info"
 
@@ -150,8 +170,13 @@ class NodeConfig:
             need(getattr(self, knob) >= 1, knob, "at least 1")
         for knob in ("max_requests", "max_channels", "max_regions"):
             need(1 <= getattr(self, knob) <= 1 << 20, knob, "1 to 1048576")
-        for knob in ("put_timeout_ms", "ack_timeout_ms"):
+        for knob in ("put_timeout_ms", "stage_timeout_ms", "ack_timeout_ms"):
             need(1 <= getattr(self, knob) <= 3_600_000, knob, "1 ms to an hour")
+        need(0 <= self.flash_threads <= 256, "flash_threads", "0 to 256")
+        need(0 <= self.dirty_bytes <= self.memory, "dirty_bytes", "no more than the memory")
+        paths = [path.path for path in self.flash_paths]
+        need(all(map(str, paths)) and len(set(paths)) == len(paths), "flash", "PATH or PATH:SIZE, each once")
+        need(len(paths) <= 64, "flash", "at most 64 devices")
         need(
             self.log_level in ("debug", "info", "warning", "error"),
             "log_level",
@@ -164,6 +189,16 @@ class NodeConfig:
         if self.slab_bytes:
             return self.slab_bytes
         return min(max(self.memory // 16 // (2 * MIB) * (2 * MIB), 2 * MIB), 256 * MIB)
+
+    @property
+    def flash_paths(self) -> list[FlashPath]:
+        """``flash``, taken apart."""
+        return [parse_path(text) for text in self.flash]
+
+    @property
+    def dirty_max(self) -> int:
+        """Bytes that may wait to be written to flash, worked out."""
+        return self.dirty_bytes or self.memory // 2
 
     @property
     def node_name(self) -> str:
@@ -196,7 +231,7 @@ class NodeConfig:
         return cls(**_coerced(values))
 
 
-_SIZES = ("memory", "slab_bytes", "max_msg", "block_bytes", "max_put_bytes")
+_SIZES = ("memory", "slab_bytes", "max_msg", "block_bytes", "max_put_bytes", "dirty_bytes")
 
 
 def _coerced(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +251,10 @@ def _coerced(values: Mapping[str, Any]) -> dict[str, Any]:
             out[key] = parse_address(value, key, DEFAULT_PORT + 1) if value else None
         elif key == "devices":
             out[key] = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        elif key == "flash":
+            out[key] = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(path, str) for path in out[key]):
+                raise LocalError(f"flash = {value!r}", 'flash takes ["PATH", "PATH:SIZE"]')
         elif key == "secret":
             out[key] = value.encode() if isinstance(value, str) else value
         elif key == "huge":

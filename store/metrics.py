@@ -24,6 +24,7 @@ from prometheus_client.core import (
 )
 
 from .config import Address
+from .flash import figures
 from .native._store import lib
 from .puts import PutOutcome
 
@@ -135,6 +136,7 @@ class NodeCollector:
         for name in ("bytes", "slabs", "slabs_free"):
             yield GaugeMetricFamily(f"memkv_arena_{name}", f"Arena: {name}", value=status["memory"][name])
         yield from self._namespaces(status["namespaces"])
+        yield from figures.families(status)
         if served := status.get("responder"):
             for name in ("bytes", "reads", "refusals", "evictions"):
                 yield CounterMetricFamily(
@@ -143,11 +145,15 @@ class NodeCollector:
         yield from self._counters(self._node.counters)
 
     def _namespaces(self, namespaces: dict[str, dict[str, int]]) -> Iterator[Metric]:
-        for kind, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+        for kind, names in (
+            (GaugeMetricFamily, GAUGES + figures.NAMESPACE_GAUGES),
+            (CounterMetricFamily, COUNTERS + figures.NAMESPACE_COUNTERS),
+        ):
             for name in names:
                 family = kind(f"memkv_namespace_{name}", f"Namespace: {name}", labels=["namespace"])
                 for namespace, stats in namespaces.items():
-                    family.add_metric([namespace], stats[name])
+                    if name in stats:  # flash's only where there is flash
+                        family.add_metric([namespace], stats[name])
                 yield family
 
     def _counters(self, c: Counters) -> Iterator[Metric]:

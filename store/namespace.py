@@ -18,7 +18,7 @@ import asyncio
 import ctypes
 import errno
 import logging
-import secrets
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +26,10 @@ from typing import Any, Protocol
 from ..rdma.errors import DeviceError, MemKVError
 from ..rdma.fabric import Fabric, Region, RegionDesc
 from . import messages as m
+from .flash import format as f
+from .flash.store import FlashStore
+from .flash.tenant import Tenant
+from .layout import BUCKET_SLOTS
 from .native._store import ffi, lib
 from .notices import Listener, Notices
 from .refusals import Refuse
@@ -46,6 +50,21 @@ class Settings:
     block_bytes: int
     align: int
     grace_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a namespace is. With flash it outlives the node, as ``f.Name`` on the devices."""
+
+    id: int
+    name: str
+    incarnation: int  # random: blocks of another one are not this namespace's
+    salt: int  # of the index hash
+
+    def record(self, settings: Settings) -> f.Name:
+        """As flash remembers it."""
+        s = settings
+        return f.Name(self.id, self.name, s.block_bytes, s.align, s.grace_ns, self.incarnation, self.salt)
 
 
 @dataclass(slots=True)
@@ -73,24 +92,29 @@ def region_info(desc: RegionDesc) -> m.RegionInfo:
 
 
 class Namespace:
-    """One namespace. It is made and closed in a thread of the pool; the rest happens on the event loop."""
+    """One namespace. It is made and closed in a thread of the pool; the rest happens on the event loop.
+
+    :param incarnation: the node's. :param store: flash, if the node has any; if that knows the namespace
+        already, its blocks are taken up.
+    """
 
     def __init__(
         self,
-        id: int,
-        name: str,
+        who: Identity,
         settings: Settings,
         fabric: Fabric,
         arena: Any,
         incarnation: int,
+        store: FlashStore | None,
         family: Family,
     ) -> None:
         self._family = family
-        self.id = id
-        self.name = name
+        self.id = who.id
+        self.name = who.name
         self.settings = settings
         self.incarnation = incarnation
-        self.salt = secrets.randbits(64)
+        self.salt = who.salt
+        self.flash: Tenant | None = None
         self.sessions: set[Listener] = set()
         self.slabs: dict[int, Slab] = {}
         self.tables: dict[int, Region] = {}
@@ -102,11 +126,13 @@ class Namespace:
         self.serve = fabric.domain()
         self.pull = fabric.domain()
         self.ns: Any = lib.mkv_ns_new(
-            arena, id, settings.block_bytes, settings.align, settings.grace_ns, self.salt
+            arena, self.id, settings.block_bytes, settings.align, settings.grace_ns, self.salt
         )
         try:
             if self.ns == ffi.NULL:
                 raise _why_not(settings, ffi.errno)
+            if store is not None:
+                self._settle_on(store, who.record(settings))
             span = ffi.new("struct mkv_span *")
             lib.mkv_ns_table(self.ns, span)
             self.table = self._register_table(span)
@@ -115,6 +141,30 @@ class Namespace:
         except BaseException:
             self.close()
             raise
+
+    # --- flash ---
+
+    def _settle_on(self, store: FlashStore, record: f.Name) -> None:
+        """Takes up what flash has of the namespace, or has it remember the namespace."""
+        flash = Tenant(store, self.ns, record)
+        if record.id not in store.names:
+            store.remember(record)  # before its first segment
+        else:
+            span = ffi.new("struct mkv_span *")
+            lib.mkv_ns_table(self.ns, span)
+            for _ in range(_doublings(int(span.buckets), flash.expected)):
+                self._double_table()
+            flash.restore(self._double_table)
+        self.flash = flash
+
+    def _double_table(self) -> None:
+        """A larger index at once, while no session knows of any."""
+        old, new = ffi.new("struct mkv_span *"), ffi.new("struct mkv_span *")
+        lib.mkv_ns_table(self.ns, old)
+        rc = lib.mkv_ns_table_prepare(self.ns, new) or lib.mkv_ns_table_switch(self.ns, new.id)
+        if rc:
+            raise MemoryError(f"namespace {self.name}: the index cannot grow: {os.strerror(-rc)}")
+        lib.mkv_ns_table_drop(self.ns, old.id)
 
     # --- registered memory; may be called in the pool ---
 
@@ -189,6 +239,8 @@ class Namespace:
         stats = {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct mkv_ns_stats").fields}
         stats["sessions"] = len(self.sessions)
         stats["tables"] = len(self.tables)
+        if self.flash:
+            stats |= self.flash.stats()
         return stats
 
     # --- housekeeping ---
@@ -232,6 +284,8 @@ class Namespace:
             if old is not None:
                 log.info("namespace %s: index of %d buckets", self.name, self.table.buckets)
                 self._spawn(self._drop_table(old, pool, notices))
+        if self.flash and chores & lib.MKV_CHORE_SEGMENT:
+            await events.run_in_executor(pool, self.flash.grow)
         id_out = ffi.new("uint64_t *")
         while lib.mkv_ns_slab_retired(self.ns, id_out) == 0:
             id = int(id_out[0])
@@ -288,6 +342,11 @@ class Namespace:
         if self.ns != ffi.NULL:
             lib.mkv_ns_free(self.ns)
             self.ns = ffi.NULL
+
+
+def _doublings(buckets: int, blocks: int) -> int:
+    """How often an index has to double until so many blocks fill it by half."""
+    return max(0, (2 * blocks // (buckets * BUCKET_SLOTS)).bit_length())
 
 
 def _populate(address: int, length: int) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ..rdma.errors import LocalError
 from ..rdma.fabric import Fabric
 from . import messages as m
-from .namespace import Namespace, Settings
+from .flash import format as f
+from .flash.store import FlashStore
+from .namespace import Identity, Namespace, Settings
 from .native._store import lib
 from .notices import Notices
 from .refusals import Refuse
@@ -29,17 +33,19 @@ class Namespaces:
         limit: int,
         pool: ThreadPoolExecutor,
         ack_timeout: float,
+        store: FlashStore | None = None,
     ) -> None:
         self.by_name: dict[str, Namespace] = {}
         self.by_id: dict[int, Namespace] = {}
         self.notices = Notices(ack_timeout)
-        self._make = (fabric, arena, incarnation, self)
+        self._make = (fabric, arena, incarnation, store, self)
+        self._store = store
         self._starving: set[Namespace] = set()  # without any slab
         self._arena = arena
         self._default = default
         self._limit = limit
         self._pool = pool
-        self._next = 1
+        self._next = 1 + (store.highest_id if store else 0)
         self._lock = asyncio.Lock()
 
     async def open(self, request: m.OpenNamespace) -> Namespace:
@@ -65,20 +71,40 @@ class Namespaces:
         )
         if not 10_000_000 <= settings.grace_ns <= 60_000_000_000:
             raise Refuse(m.Code.LIMIT, f"a grace period of {request.grace_ms} ms", "10 to 60000 ms")
-        id, self._next = self._next, self._next + 1
-        ns = await asyncio.get_running_loop().run_in_executor(
-            self._pool, lambda: Namespace(id, request.name, settings, *self._make)
-        )
-        self.by_name[ns.name] = self.by_id[ns.id] = ns
-        if not ns.slabs:
-            self._make_room(ns)
-        ns.start(self._pool, self.notices)
+        who = Identity(self._next, request.name, secrets.randbits(63) + 1, secrets.randbits(64))
+        self._next += 1
+        try:
+            ns = await self._add(who, settings)
+        except f.FormatError as exc:
+            raise Refuse(m.Code.LIMIT, str(exc)) from None
         log.info(
             "namespace %s: blocks of up to %d bytes, grace period %g s",
             ns.name,
             settings.block_bytes,
             settings.grace_ns / 1e9,
         )
+        return ns
+
+    async def restore(self) -> None:
+        """Takes up the namespaces that flash knows. :raises LocalError: the settings do not let one be."""
+        if self._store is None:
+            return
+        for name in sorted(self._store.names.values(), key=lambda name: name.id):
+            who = Identity(name.id, name.name, name.incarnation, name.salt)
+            try:
+                await self._add(who, Settings(name.block_bytes, name.align, name.grace_ns))
+            except Refuse as exc:
+                raise LocalError(f"namespace {name.name} is on flash, and {exc.message}", exc.hint) from None
+        self._store.forget_records()
+
+    async def _add(self, who: Identity, settings: Settings) -> Namespace:
+        ns = await asyncio.get_running_loop().run_in_executor(
+            self._pool, lambda: Namespace(who, settings, *self._make)
+        )
+        self.by_name[ns.name] = self.by_id[ns.id] = ns
+        if not ns.slabs:
+            self._make_room(ns)
+        ns.start(self._pool, self.notices)
         return ns
 
     def _make_room(self, ns: Namespace) -> None:

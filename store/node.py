@@ -39,6 +39,8 @@ from ..rdma.tcp import TcpFabric
 from ..rdma.verbs import VerbsFabric
 from . import messages as m
 from .config import Address, NodeConfig, is_loopback
+from .flash.store import FlashStore
+from .flash.tier import FlashTier
 from .framing import LocalProtocolError
 from .metrics import Counters, HttpEndpoint
 from .namespace import Settings
@@ -122,6 +124,7 @@ class Node:
         self.fabric: Fabric
         self.namespaces: Namespaces
         self.engine: PutEngine
+        self.flash: FlashTier | None = None
         self.stopping = False
         self._arena: Any = ffi.NULL
         self._started = time.monotonic()
@@ -163,6 +166,10 @@ class Node:
         if self._arena == ffi.NULL:
             raise DeviceError("the arena cannot be set up", ffi.errno, "memory, slab_bytes")
         stack.callback(self._free_arena)
+        store = await events.run_in_executor(pool, self._open_flash) if config.flash else None
+        if store:
+            stack.callback(store.close)
+            self.flash = FlashTier(store, pool)
         self.engine = PutEngine(self.counters.put)
         stack.callback(self.engine.close)
         self.engine.attach(events)
@@ -174,11 +181,17 @@ class Node:
             config.max_namespaces,
             pool,
             config.ack_timeout_ms / 1000,
+            store,
         )
         stack.push_async_callback(self.namespaces.close)
         fd = lib.mkv_arena_eventfd(self._arena)
         events.add_reader(fd, self._chores, fd)
         stack.callback(events.remove_reader, fd)
+        if self.flash:
+            self.flash.attach(events, lambda: list(self.namespaces.by_name.values()))
+            stack.callback(self.flash.detach)
+            await self.namespaces.restore()
+            stack.push_async_callback(self.flash.finish)
         self._shared = Shared(
             config=config,
             name=self.name,
@@ -191,6 +204,7 @@ class Node:
             pool=pool,
             counters=self.counters,
             sections=self.sections,
+            flash=self.flash,
         )
         if config.metrics is not None:
             http = HttpEndpoint(self)
@@ -201,6 +215,16 @@ class Node:
         serving = asyncio.start_server(self._accept, *config.listen, limit=CHUNK, backlog=256)
         self._server = await _listening(serving, config.listen, "listen")
         self.address = self._server.sockets[0].getsockname()[:2]
+
+    def _open_flash(self) -> FlashStore:
+        """Opens the devices; makes the files that are not there yet, which takes as long as writing them."""
+        config = self.config
+        return FlashStore(
+            config.flash_paths,
+            (self.memory.address, self.memory.nbytes),
+            dirty_max=config.dirty_max,
+            threads=config.flash_threads,
+        )
 
     def _free_arena(self) -> None:
         lib.mkv_arena_free(self._arena)
@@ -276,6 +300,8 @@ class Node:
             return False, "going down"
         if self._server is None:
             return False, "not started"
+        if self.flash and (out := self.flash.store.degraded()):
+            return True, f"serving, degraded: flash is out: {out}"
         return True, "serving"
 
     def _memory(self) -> dict[str, int | str]:
@@ -299,6 +325,8 @@ class Node:
             "address": f"{self.address[0]}:{self.address[1]}",
             "fabric": {**self.fabric.describe(), "reason": self.fabric.reason},
             "memory": self._memory(),
+            "flash": self.flash.status() if self.flash else {"devices": 0, "reason": "--flash was not given"},
+            "flash_devices": self.flash.store.describe() if self.flash else {},
             "sessions": len(self.sessions),
             "puts_under_way": self.engine.under_way,
             "puts": self.counters.put_statuses(),
@@ -309,12 +337,15 @@ class Node:
         return out
 
     def sections(self) -> m.Sections:
-        """The same for the control protocol: sections of flat values; a namespace's is "namespace:NAME"."""
+        """The same for the control protocol: sections of flat values; a namespace's is "namespace:NAME", a
+        device's "flash:PATH".
+        """
         status = self.status()
-        namespaces = status.pop("namespaces")
+        namespaces, devices = status.pop("namespaces"), status.pop("flash_devices")
         sections: m.Sections = {k: status.pop(k) for k in list(status) if isinstance(status[k], dict)}
         sections["node"] = status
         sections.update({f"namespace:{name}": stats for name, stats in namespaces.items()})
+        sections.update({f"flash:{path}": facts for path, facts in devices.items()})
         return sections
 
 

@@ -5,9 +5,9 @@ requests are answered at once; those that wait or block (a device, a put, a larg
 bounded number of them. Whatever a peer does wrong ends its own session with one line in the log, and
 nothing else.
 
-The end of a session, however it comes about, has one order: puts are cancelled, their jobs end, tasks end,
-channels are destroyed, and only then do the notices that it owed count as acknowledged, for only now can
-its queue pairs reach nothing any more.
+The end of a session, however it comes about, has one order: puts and stages are cancelled, their jobs end,
+tasks end, channels are destroyed, and only then do the notices that it owed count as acknowledged, for only
+now can its queue pairs reach nothing any more.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..rdma.errors import MemKVError
 from ..rdma.fabric import TABLE_CAPACITY, Endpoint, Fabric, Offer, RailEnd, RegionDesc, RemoteTable
 from . import messages as m
+from .batches import INLINE_KEYS, KeyBatch, call_of, delete
 from .columns import unpack_column
 from .config import NodeConfig
+from .flash.tier import FlashTier
 from .framing import LocalProtocolError, RemoteProtocolError
 from .metrics import Counters
 from .namespace import Namespace
@@ -42,12 +42,10 @@ log = logging.getLogger("memkv.node")
 HANDSHAKE_SECONDS = 10.0
 CHUNK = 256 << 10  # bytes of one read
 UNREAD_LIMIT = 32 << 20  # bytes of replies that a peer leaves unread
-INLINE_KEYS = 2048  # larger batches of keys leave the event loop
 LIFETIME_REGIONS = 1 << 18  # offered in one session's life: a table keeps what was withdrawn
 PULL_DEPTH = 128  # READs under way on one pull channel
 MAX_MS = 3_600_000
-
-_KeyBatch = m.Lookup | m.Match | m.Pin | m.Unpin | m.Delete
+NO_FLASH = "this node has no flash tier"
 
 
 @dataclass(slots=True)
@@ -65,6 +63,7 @@ class Shared:
     pool: ThreadPoolExecutor  # for what blocks
     counters: Counters
     sections: Callable[[], m.Sections]
+    flash: FlashTier | None
 
 
 class Session:
@@ -148,6 +147,8 @@ class Session:
         """Gives back everything, in the order that the module's head gives."""
         for queue in self.queues.values():
             queue.fail(lib.MKV_ERROR_LINK)
+        if self.shared.flash:
+            self.shared.flash.staging.drop(self)
         pulls = [c for c in self.channels.values() if isinstance(c, PullChannel)]
         for pull in pulls:
             pull.cancel()
@@ -209,8 +210,8 @@ class Session:
             reply = None
             if quick := _QUICK.get(type(message)):
                 reply = quick(self, message)
-            elif isinstance(message, _KeyBatch) and message.blocks <= INLINE_KEYS:
-                reply = self._keys(message)()
+            elif isinstance(message, KeyBatch) and self._inline(message):
+                reply = call_of(self._namespace(message.namespace), message)()
             if reply is not None:
                 self.notify(reply)
             if type(message) not in _SLOW or reply is not None:
@@ -287,31 +288,36 @@ class Session:
 
     # --- batches of keys ---
 
-    def _keys(self, r: _KeyBatch) -> Callable[[], m.Message]:
-        """The call that carries out a batch and makes its reply."""
-        ns = self._namespace(r.namespace).ns
-        n = r.blocks
-        status = np.zeros(n, np.uint8)
+    def _inline(self, r: KeyBatch) -> bool:
+        """Whether it is quick enough for the event loop; with flash a Delete waits for devices."""
+        return r.blocks <= INLINE_KEYS and not (isinstance(r, m.Delete) and self.shared.flash)
 
-        def call() -> m.Message:
-            out, keys = ffi.from_buffer("uint8_t[]", status), ffi.from_buffer("uint8_t[]", r.keys)
-            if isinstance(r, m.Match):
-                return m.Count(r.request, lib.mkv_ns_match(ns, keys, n))
-            if isinstance(r, m.Pin):
-                lib.mkv_ns_pin(ns, keys, n, r.ttl_ms * 1_000_000, out)
-            elif isinstance(r, m.Unpin):
-                lib.mkv_ns_unpin(ns, keys, n, out)
-            elif isinstance(r, m.Delete):
-                lib.mkv_ns_delete(ns, keys, n, out)
-            else:
-                lib.mkv_ns_lookup(ns, keys, n, out)
-            return m.Statuses(r.request, status.tobytes())
-
-        return call
-
-    async def _many_keys(self, r: _KeyBatch) -> m.Message:
-        reply: m.Message = await self._in_pool(self._keys(r))
+    async def _many_keys(self, r: KeyBatch) -> m.Message:
+        reply: m.Message = await self._in_pool(call_of(self._namespace(r.namespace), r))
         return reply
+
+    async def _delete(self, r: m.Delete) -> m.Message:
+        ns, tier = self._namespace(r.namespace), self.shared.flash
+        if tier is None:
+            return await self._many_keys(r)
+        timeout = min(r.deadline_ms or self.config.put_timeout_ms, MAX_MS) / 1000
+        return await delete(ns, r, tier, self.shared.pool, timeout)
+
+    async def _stage(self, r: m.Stage) -> m.Message | None:
+        ns, tier = self._namespace(r.namespace), self.shared.flash
+        if tier is None:
+            raise Refuse(m.Code.UNSUPPORTED, NO_FLASH, "--flash of the node")
+        if not r.blocks:
+            return m.Staged(r.request, b"", b"", b"", True)
+        if tier.staging.blocks_of(self) + r.blocks > self.config.max_queued_blocks:
+            raise Refuse(
+                m.Code.LIMIT,
+                f"{tier.staging.blocks_of(self)} blocks are being staged",
+                "max_queued_blocks of the node",
+            )
+        timeout = min(r.deadline_ms or self.config.stage_timeout_ms, MAX_MS) / 1000
+        await tier.staging.serve(ns.ns, r, timeout, self)
+        return None
 
     # --- channels ---
 
@@ -434,11 +440,11 @@ class Session:
     async def _put(self, r: m.Put) -> m.Message:
         self._namespace(r.namespace)
         queue = self.queues[r.namespace]
-        if r.durability != "memory":
+        if r.durability == "flash" and self.shared.flash is None:
             raise Refuse(
                 m.Code.UNSUPPORTED,
-                "this node has no flash tier, so nothing survives it",
-                'durability "memory"',
+                f"{NO_FLASH}, so nothing survives it",
+                'durability "memory", or --flash of the node',
             )
         if not r.blocks:
             return m.PutDone(r.request, b"")
@@ -473,7 +479,8 @@ _SLOW: dict[type, Callable[[Any, Any], Coroutine[Any, Any, m.Message | None]]] =
     m.Match: Session._many_keys,
     m.Pin: Session._many_keys,
     m.Unpin: Session._many_keys,
-    m.Delete: Session._many_keys,
+    m.Delete: Session._delete,
+    m.Stage: Session._stage,
 }
 
 

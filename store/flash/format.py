@@ -1,7 +1,8 @@
 """The bytes of a flash device that are not blocks: superblock, namespace table, segment table, snapshot.
 
-Drawn in docs/layout.md, "A flash device"; a test compares. Pure: bytes in, values out, and back. Every structure carries a
-check, so that a torn or foreign one is told from a good one; what is written more than once has two places in turn.
+Drawn in docs/layout.md, "A flash device"; a test compares. Pure: bytes in, values out, and back. Every
+structure carries a check, so that a torn or foreign one is told from a good one; what is written more than
+once has two places in turn, but for the segment table, whose records are smaller than a sector.
 
 ::
 
@@ -41,13 +42,14 @@ SUPER = np.dtype(
         ("store", "V16"),  # identity of the store: the same on all its devices
         ("identity", "<u8"),  # of this device
         ("index", "<u4"),  # this device's place in the store
-        ("count", "<u4"),  # devices of the store
-        ("bytes", "<u8"),  # of the device that are used
+        ("count", "<u4"),  # devices of the store at its last start
+        ("size", "<u8"),  # bytes of the device that are used
         ("segment_bytes", "<u8"),
         ("segments", "<u4"),
         ("spare0", "<u4"),
         ("secret", "<u8"),  # keys the checks of cold records
-        ("boot", "<u8"),  # starts so far
+        ("boot", "<u8"),  # starts so far, and losses of other devices
+        ("start", "<u8"),  # random, of the last of these: who shares it was there
         ("generation", "<u8"),  # of this superblock: the higher of two good ones counts
         ("snapshot", "<u8"),  # generation that the snapshot must name
         ("names_at", "<u8"),
@@ -105,6 +107,9 @@ class FormatError(MemKVError):
     """What lies on the device is not, or not whole, what it should be."""
 
 
+_NUMBERS = sorted({*(SUPER.names or ())} - {"magic", "version", "flags", "store", "spare0", "check"})
+
+
 def checksum(data: bytes | bytearray | memoryview | npt.NDArray[Any], key: int = 0) -> int:
     """The block checksum (docs/layout.md) of ``data``, with an eight-byte key before it."""
     whole = key.to_bytes(8, "little") + bytes(data)
@@ -130,11 +135,12 @@ class Superblock:
     identity: int
     index: int
     count: int
-    bytes: int
+    size: int
     segment_bytes: int
     segments: int
     secret: int
     boot: int
+    start: int
     generation: int
     snapshot: int
     clean: bool
@@ -149,10 +155,7 @@ class Superblock:
         r = np.zeros((), SUPER)
         r["magic"], r["version"], r["flags"] = MAGIC, VERSION, CLEAN if self.clean else 0
         r["store"] = np.void(self.store)
-        for name in (
-            "identity index count bytes segment_bytes segments secret boot generation snapshot names_at segments_at "
-            "snapshot_at snapshot_bytes data_at"
-        ).split():
+        for name in _NUMBERS:
             r[name] = getattr(self, name)
         return _sealed(r, MAGIC).ljust(PAGE, b"\0")
 
@@ -170,10 +173,8 @@ class Superblock:
             raise FormatError(
                 f"flash format version {int(r['version'])}, this program knows {VERSION}", "upgrade it"
             )
-        names = "identity index count bytes segment_bytes segments secret boot generation snapshot names_at".split()
-        names += "segments_at snapshot_at snapshot_bytes data_at".split()
-        values = {name: int(r[name]) for name in names}
-        return cls(store=bytes(r["store"]), clean=bool(int(r["flags"]) & CLEAN), **values)
+        values = {name: int(r[name]) for name in _NUMBERS}
+        return cls(store=r["store"].tobytes(), clean=bool(int(r["flags"]) & CLEAN), **values)
 
     def next(self, **changes: Any) -> Superblock:
         """The one that replaces it, in the other place."""
@@ -192,11 +193,12 @@ def plan(
 ) -> Superblock:
     """Lays out a device of ``nbytes``.
 
-    :param segment_bytes: 0: a 256th of the device, between 4 MiB and 1 GiB.
+    :param segment_bytes: 0: a 256th of the device; of small ones a sixteenth, up to 64 MiB; 4 MiB to 1 GiB.
     :raises FormatError: too small.
     """
     if not segment_bytes:
-        segment_bytes = min(max(nbytes // 256 // MIB * MIB, SEGMENT_MIN), SEGMENT_MAX)
+        wanted = max(nbytes // 256, min(nbytes // 16, 64 * MIB)) // MIB * MIB
+        segment_bytes = min(max(wanted, SEGMENT_MIN), SEGMENT_MAX)
     if segment_bytes % PAGE or not PAGE * 4 <= segment_bytes <= SEGMENT_MAX:
         raise FormatError(
             f"segments of {segment_bytes} bytes", "--segment-bytes: a multiple of 4096, up to 1G"
@@ -209,19 +211,20 @@ def plan(
     segments = (nbytes - data_at) // segment_bytes if nbytes > data_at else 0
     if segments < 2:
         raise FormatError(
-            f"{nbytes >> 20} MiB hold no two segments of {segment_bytes >> 20} MiB",
-            "a larger device or smaller segments",
+            f"{nbytes >> 10} KiB hold no two segments of {segment_bytes >> 10} KiB",
+            "a larger device, or smaller --segment-bytes",
         )
     return Superblock(
         store=store,
         identity=identity,
         index=index,
         count=count,
-        bytes=data_at + segments * segment_bytes,
+        size=data_at + segments * segment_bytes,
         segment_bytes=segment_bytes,
         segments=segments,
         secret=secret,
         boot=0,
+        start=0,
         generation=2,
         snapshot=0,
         clean=True,
@@ -252,6 +255,8 @@ def pack_names(names: Sequence[Name], generation: int, secret: int) -> bytes:
     table = np.zeros(len(names), NAME)
     for row, name in zip(table, names, strict=True):
         raw = name.name.encode()
+        if len(raw) > NAME["name"].itemsize:
+            raise FormatError(f"a name of {len(raw)} bytes", f"{NAME['name'].itemsize} fit on flash")
         row["id"], row["block_bytes"], row["align"], row["length"] = (
             name.id,
             name.block_bytes,
@@ -278,7 +283,7 @@ def parse_names(raw: bytes, secret: int) -> tuple[int, list[Name]] | None:
         return None
     out = []
     for row in np.frombuffer(body, NAME):
-        name = bytes(row["name"])[: int(row["length"])].decode()
+        name = row["name"].tobytes()[: int(row["length"])].decode()
         fields = (int(row[f]) for f in ("block_bytes", "align", "grace_ns", "incarnation", "salt"))
         out.append(Name(int(row["id"]), name, *fields))
     return int(head["generation"]), out
@@ -324,7 +329,9 @@ def pack_snapshot(records: npt.NDArray[np.void], generation: int, secret: int) -
 
 
 def snapshot_count(page: bytes, generation: int, secret: int) -> int | None:
-    """The number of records of the snapshot whose header page this is; None unless it is whole and of that generation."""
+    """The number of records of the snapshot whose header page this is; None unless it is whole and of that
+    generation.
+    """
     raw = page[: SNAPSHOT.itemsize]
     head = np.frombuffer(raw, SNAPSHOT)[0]
     good = (

@@ -1,15 +1,25 @@
 """A node's flash as a whole: its devices opened, started, handed out in segments, and stopped in order.
 
-Every start counts (`boot`): what is written now wins over what was written before. A start marks each device as not
-clean before anything is written to it; a clean stop writes the snapshot of each device, then marks it clean. A device that
-was clean gives its blocks back from the snapshot, any other by a scan of its segments.
+Every start counts (`boot`): what is written now wins over what was written before. A start marks each device
+as not clean before anything is written to it; a clean stop writes the snapshot of each device, then marks it
+clean. A device that was clean gives its blocks back from the snapshot, any other by a scan of its segments.
+
+What was deleted must not return, so a device that was away while others went on has lost its say: its blocks
+may have been deleted in between. Every start therefore leaves a common mark (`boot`, and the random `start`)
+on all devices that take part in it, and the loss of a device leaves a new one on those that remain. Whoever
+lacks the newest mark begins empty.
+
+Methods that write block; they are called in a pool, from several threads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,21 +27,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...rdma.errors import DeviceError, LocalError
+from ...rdma.errors import DeviceError, LocalError, MemKVError
+from ..config import FlashPath
 from ..native._store import ffi, lib
 from . import format as f
-from .device import Device, FlashPath
+from .device import Device
+from .prepare import Progress, prepare
 
 log = logging.getLogger("memkv.flash")
 
-Progress = Callable[[str, int, int], None]
 Records = npt.NDArray[np.void]
-DEPTH = 128  # requests at the devices at once
+DEPTH = 128  # requests at each device at once
+RESERVE = 64  # one of so many segments is kept for size classes that have none
 
 
 @dataclass(eq=False)
 class OpenDevice:
-    """A device in use. ``records`` are what its snapshot held, until the namespaces have taken them."""
+    """A device in use. ``records`` are what its snapshot held, until the namespaces have taken them; None:
+    its segments have to be scanned.
+    """
 
     device: Device
     super: f.Superblock
@@ -42,15 +56,19 @@ class OpenDevice:
     turn: int = field(default=0)
 
     @property
-    def free(self) -> int:
-        """Segments that nobody has."""
-        return 0 if self.failed else self.usable - sum(1 for n in self.segments if n < self.usable)
-
-    @property
     def usable(self) -> int:
         """Segments that lie within the device as it is now (it may have been truncated)."""
         whole = (self.device.nbytes - self.super.data_at) // self.super.segment_bytes
-        return max(0, min(self.super.segments, whole))
+        return int(max(0, min(self.super.segments, whole)))
+
+    @property
+    def free(self) -> int:
+        """Segments that nobody has."""
+        return 0 if self.failed else max(0, self.usable - len(self.segments))
+
+    def takes(self, payload: int, align: int) -> bool:
+        """Whether blocks of this size class can lie here."""
+        return align % self.device.sector == 0 and align + payload <= self.super.segment_bytes
 
     def span(self, segment: f.Segment) -> Any:
         """The segment as C knows it."""
@@ -61,80 +79,14 @@ class OpenDevice:
         return out
 
 
-def format_devices(
-    paths: Sequence[FlashPath],
-    *,
-    force: bool = False,
-    segment_bytes: int = 0,
-    progress: Progress | None = None,
-) -> bytes:
-    """Makes a new store of these devices; returns its identity. What lay on them is lost.
-
-    :raises LocalError: one of them holds something, and ``force`` is not set. Then none has been touched.
-    """
-    store, secret = secrets.token_bytes(16), secrets.randbits(64)
-    devices: list[Device] = []
-    try:
-        for path in paths:
-            device = Device(path.path, create=path.size)
-            devices.append(device)
-            device.lock()
-            if not force and not device.blank():
-                known = device.superblock() is not None
-                what = "a memkv store" if known else "something that memkv does not know"
-                raise LocalError(f"{path.path} holds {what}", "memkv-node format --force overwrites it")
-        for index, (device, path) in enumerate(zip(devices, paths, strict=True)):
-            _format(device, path, store, secret, index, len(paths), segment_bytes, progress)
-    finally:
-        for device in devices:
-            device.close()
-    return store
-
-
-def _format(
-    device: Device,
-    path: FlashPath,
-    store: bytes,
-    secret: int,
-    index: int,
-    count: int,
-    segment_bytes: int,
-    progress: Progress | None,
-) -> f.Superblock:
-    nbytes = (
-        min(path.size, device.nbytes) if path.size and device.block_device else path.size or device.nbytes
-    )
-    block = f.plan(
-        nbytes,
-        store=store,
-        identity=secrets.randbits(64) | 1,
-        index=index,
-        count=count,
-        secret=secret,
-        segment_bytes=segment_bytes,
-    )
-    name = str(path.path)
-    if not device.block_device:
-        device.write_through(nbytes, (lambda done, of: progress(name, done, of)) if progress else None)
-        device._look()
-    else:
-        device.write(0, bytes(block.data_at))
-    table = f.pack_segment(None, secret) * block.segments
-    device.write(block.segments_at, table.ljust(-(-len(table) // f.PAGE) * f.PAGE, b"\0"))
-    for place in (0, 1):
-        device.write(block.names_at + place * f.NAMES_BYTES, f.pack_names([], place, secret))
-    device.write(f.PAGE - block.place(), bytes(f.PAGE))
-    device.write(block.place(), block.pack())
-    return block
-
-
 class FlashStore:
     """The devices of one store, and the C core's view of them.
 
+    ``unusable``: why a path is not in use.
+
     :param memory: (address, bytes) of the arena, which becomes the I/O engine's fixed buffers.
     :param dirty_max: bytes that may wait to be written. :param threads: demands the fallback engine.
-    :raises LocalError: a path that holds something else; devices of two stores.
-    :raises DeviceError: none of the devices can be used.
+    :raises LocalError: devices of two stores. :raises DeviceError: none can be used, or another node has one.
     """
 
     def __init__(
@@ -150,26 +102,45 @@ class FlashStore:
         self.devices: list[OpenDevice] = []
         self.names: dict[int, f.Name] = {}
         self._names_generation = 0
+        self._boot = self._start = 0
+        self._unrecorded = False  # a loss that the other devices do not know of
+        self._lock = threading.RLock()
+        self._opened: list[Device] = []
+        self.flash: Any = ffi.NULL
         self.io: Any = lib.mkv_flashio_new(DEPTH, threads)
         if self.io == ffi.NULL:
-            raise DeviceError("the flash I/O engine cannot be started", ffi.errno)
-        self.flash: Any = ffi.NULL
+            raise DeviceError(
+                "the flash I/O engine cannot be started", ffi.errno, "--flash-threads, memkv-node doctor"
+            )
         try:
-            found = self._open(paths, progress)
-            self._begin(found)
             rc = lib.mkv_flashio_memory(self.io, *memory)
             if rc:
-                log.warning("the arena cannot be registered with the I/O engine (%s)", os.strerror(-rc))
+                log.warning("the arena cannot be registered with the I/O engine: %s", os.strerror(-rc))
+            self._begin(self._open(paths, progress))
             first = self.devices[0].super
             self.flash = lib.mkv_flash_new(self.io, first.secret, first.boot, dirty_max)
             if self.flash == ffi.NULL:
                 raise MemoryError("no memory for the flash tier")
             for d in self.devices:
                 lib.mkv_flash_device(self.flash, d.io, d.super.identity)
+                if d.failed:
+                    lib.mkv_flash_device_fail(self.flash, d.io)
             self.eventfd: int = lib.mkv_flash_eventfd(self.flash)
         except BaseException:
             self.close()
             raise
+        for d in self.devices:
+            how = "scan" if d.records is None and d.segments else "snapshot"
+            log.info(
+                "flash %s: %d of %d segments of %d KiB in use; by %s; %s; %s",
+                d.device.path,
+                len(d.segments),
+                d.super.segments,
+                d.super.segment_bytes >> 10,
+                how,
+                d.device.reason,
+                ffi.string(lib.mkv_flashio_rung(self.io)).decode(),
+            )
 
     # --- starting ---
 
@@ -180,23 +151,22 @@ class FlashStore:
         known: list[tuple[Device, f.Superblock]] = []
         blank: list[tuple[Device, FlashPath]] = []
         for path in paths:
+            device = None
             try:
                 device = Device(path.path, create=path.size)
+                self._opened.append(device)
                 device.lock()
                 block = device.superblock()
-            except DeviceError as exc:
-                self.unusable[str(path.path)] = str(exc)
-                log.error("flash %s: %s", path.path, exc)
-                continue
-            if block is not None:
-                known.append((device, block))
-            elif device.blank():
-                blank.append((device, path))
-            else:
-                device.close()
-                why = "no whole superblock: it holds something else, or was damaged"
-                self.unusable[str(path.path)] = why
-                log.error("flash %s: %s", path.path, why)
+                if block is not None:
+                    known.append((device, block))
+                elif device.blank():
+                    blank.append((device, path))
+                else:
+                    raise f.FormatError("no whole superblock: it holds something else, or was damaged")
+            except (DeviceError, f.FormatError) as exc:
+                if isinstance(exc, DeviceError) and exc.errno == errno.EBUSY:
+                    raise  # to start without what another node is using would take its blocks away
+                self._reject(path.path, str(exc), device)
         stores = {block.store for _, block in known}
         if len(stores) > 1:
             raise LocalError(
@@ -204,87 +174,146 @@ class FlashStore:
             )
         store = next(iter(stores), secrets.token_bytes(16))
         secret = known[0][1].secret if known else secrets.randbits(64)
-        taken = {block.index for _, block in known}
         for device, path in blank:
-            index = next(i for i in range(64) if i not in taken)
-            taken.add(index)
-            known.append((device, _format(device, path, store, secret, index, len(paths), 0, progress)))
+            index = max((block.index + 1 for _, block in known), default=0)
+            try:
+                block = prepare(
+                    device,
+                    path,
+                    store=store,
+                    secret=secret,
+                    index=index,
+                    count=len(paths),
+                    progress=progress,
+                )
+            except (DeviceError, f.FormatError) as exc:
+                self._reject(path.path, str(exc), device)
+                continue
+            known.append((device, block))
         if not known:
-            reasons = "; ".join(f"{path}: {why}" for path, why in self.unusable.items())
-            raise DeviceError(
-                f"no flash device can be used: {reasons}", 0, "memkv-node format, or --flash PATH:SIZE"
-            )
-        missing = max(block.count for _, block in known) - len(known)
-        if missing > 0:
-            log.error("flash: %d of the store's devices are missing; their blocks are misses", missing)
+            raise self._nothing()
         return known
+
+    def _reject(self, path: os.PathLike[str], why: str, device: Device | None) -> None:
+        if device:
+            device.discard()
+        self.unusable[str(path)] = why
+        log.error("flash %s: %s", path, why)
+
+    def _nothing(self) -> DeviceError:
+        reasons = "; ".join(f"{path}: {why}" for path, why in self.unusable.items())
+        return DeviceError(
+            f"no flash device can be used: {reasons}", 0, "memkv-node format, or --flash PATH:SIZE"
+        )
 
     def _begin(self, found: list[tuple[Device, f.Superblock]]) -> None:
         """Reads what each device says, then marks it as in use."""
-        boot = max(block.boot for _, block in found) + 1
+        latest = max(found, key=lambda pair: pair[1].boot)[1]
+        self._boot, self._start = latest.boot + 1, secrets.randbits(64)
+        missing = latest.count - len(found)
+        if missing > 0:
+            log.error("flash: %d of the store's devices are missing; their blocks are lost to it", missing)
         for device, block in found:
-            names = self._read_names(device, block)
+            try:
+                current = not block.boot or (block.boot, block.start) == (latest.boot, latest.start)
+                self._begin_one(device, block, current, len(found))
+            except (DeviceError, f.FormatError) as exc:
+                self._reject(device.path, str(exc), device)
+        if not self.devices:
+            raise self._nothing()
+        self._unrecorded |= len(self.devices) < len(found)
+        for d in self.devices:
+            self._prune(d)
+        if self.names:
+            self._write_names(self.names)  # on those too that have an older table, or none
+
+    def _prune(self, d: OpenDevice) -> None:
+        """Frees segments that will not be looked at now, so that they are not looked at later either, when
+        blocks in them may have been deleted: beyond the end of the device, or of nobody that is known.
+        """
+        gone = [n for n, s in d.segments.items() if n >= d.usable or s.namespace not in self.names]
+        if gone:
+            log.error("flash %s: %d segments are lost", d.device.path, len(gone))
+            for number in gone:
+                del d.segments[number]
+            self._write(d, d.super.segments_at, _pack_table(d.super, d.segments))
+
+    def _begin_one(self, device: Device, block: f.Superblock, current: bool, count: int) -> None:
+        segments: dict[int, f.Segment] = {}
+        records: Records | None = None
+        if current:
+            table = device.read(block.segments_at, block.snapshot_at - block.segments_at)
+            table = table[: block.segments * f.SEGMENT.itemsize]
+            segments = {s.number: s for s in f.parse_segments(table, block.secret)}
+            names = _read_names(device, block)
             if names and names[0] >= self._names_generation:
                 self._names_generation, self.names = names[0], {n.id: n for n in names[1]}
-            table = device.read(block.segments_at, block.snapshot_at - block.segments_at)
-            count = block.segments * f.SEGMENT.itemsize
-            segments = {s.number: s for s in f.parse_segments(table[:count], block.secret)}
-            records = self._read_snapshot(device, block) if block.clean else None
-            block = block.next(boot=boot, clean=False, count=max(block.count, len(found)))
-            device.write(block.place(), block.pack())
-            io = lib.mkv_flashio_device(self.io, os.dup(device.fd))
-            if io < 0:
-                raise DeviceError(f"{device.path}: the I/O engine refuses it", -io)
-            self.devices.append(OpenDevice(device, block, io, segments, records))
+            records = _read_snapshot(device, block) if block.clean else None
+        else:
+            log.error("flash %s was away while the store went on: it begins empty", device.path)
+            device.write(block.segments_at, _pack_table(block, segments))
+        block = block.next(boot=self._boot, start=self._start, clean=False, count=count)
+        device.write(block.place(), block.pack())
+        io = lib.mkv_flashio_device(self.io, os.dup(device.fd))
+        if io < 0:
+            raise DeviceError(f"{device.path}: the I/O engine refuses it", -io)
+        self.devices.append(OpenDevice(device, block, io, segments, records))
 
-    @staticmethod
-    def _read_names(device: Device, block: f.Superblock) -> tuple[int, list[f.Name]] | None:
-        both = [device.read(block.names_at + i * f.NAMES_BYTES, f.NAMES_BYTES) for i in (0, 1)]
-        whole = [t for t in (f.parse_names(raw, block.secret) for raw in both) if t is not None]
-        return max(whole, key=lambda t: t[0], default=None)
+    # --- namespaces and segments ---
 
-    @staticmethod
-    def _read_snapshot(device: Device, block: f.Superblock) -> Records | None:
-        try:
-            page = device.read(block.snapshot_at, f.PAGE)
-            count = f.snapshot_count(page, block.snapshot, block.secret)
-            if count is None:
-                return np.zeros(0, f.RECORD) if block.boot == 0 else None
-            length = -(-count * f.RECORD.itemsize // f.PAGE) * f.PAGE
-            body = device.read(block.snapshot_at + f.PAGE, length) if length else b""
-            return f.parse_snapshot(page, body, block.secret)
-        except DeviceError as exc:
-            log.error("flash %s: no snapshot: %s", device.path, exc)
-            return None
-
-    # --- namespaces and segments; blocking, so called in a pool ---
+    @property
+    def highest_id(self) -> int:
+        """No namespace that was ever given a segment has a higher id."""
+        used = [s.namespace for d in self.devices for s in d.segments.values()]
+        return max([0, *self.names, *used])
 
     def remember(self, name: f.Name) -> None:
-        """Writes down a namespace before its first segment is taken. :raises FormatError: too many."""
-        names = self.names | {name.id: name}
+        """Writes down a namespace, before its first segment is taken. :raises FormatError: does not fit."""
+        with self._lock:
+            names = self.names | {name.id: name}
+            self._write_names(names)
+            self.names = names
+
+    def _write_names(self, names: dict[int, f.Name]) -> None:
+        raw = [
+            (d, f.pack_names(list(names.values()), self._names_generation + 1, d.super.secret))
+            for d in self._good()
+        ]
         self._names_generation += 1
-        for d in self._good():
-            raw = f.pack_names(list(names.values()), self._names_generation, d.super.secret)
-            self._write(d, d.super.names_at + self._names_generation % 2 * f.NAMES_BYTES, raw)
-        self.names = names
+        for d, table in raw:
+            self._write(d, d.super.names_at + self._names_generation % 2 * f.NAMES_BYTES, table)
 
-    def take_segment(self, namespace: int, payload: int) -> tuple[OpenDevice, f.Segment] | None:
-        """Assigns a free segment, on the device that has most of them free; None: all are taken. It is on stable media
-        when this returns, so that what is written there later will be found."""
-        while True:
-            with_room = [d for d in self._good() if d.free]
-            if not with_room:
-                return None
-            d = max(with_room, key=lambda d: d.free)
-            number = next(n for n in range(d.usable) if n not in d.segments)
-            epoch = d.super.boot << 32 | d.turn + 1
-            d.turn += 1
-            segment = f.Segment(number, namespace, payload, epoch)
-            if self._write_segment(d, number, segment):
-                d.segments[number] = segment
-                return d, segment
+    def take_segment(
+        self, namespace: int, payload: int, align: int = f.PAGE
+    ) -> tuple[OpenDevice, f.Segment] | None:
+        """Assigns a free segment, on the device that has most of them free; None: there is none for it.
 
-    def _write_segment(self, d: OpenDevice, number: int, segment: f.Segment | None) -> bool:
+        It is on stable media when this returns, so that what is written there later will be found.
+        """
+        with self._lock:
+            while True:
+                good = self._good()
+                with_room = [d for d in good if d.free and d.takes(payload, align)]
+                has_some = any(
+                    s.namespace == namespace and s.payload == payload
+                    for d in good
+                    for s in d.segments.values()
+                )
+                kept = sum(d.usable for d in good) // RESERVE if has_some else 0
+                if not with_room or sum(d.free for d in good) <= kept:
+                    return None
+                d = max(with_room, key=lambda d: d.free)
+                number = next(n for n in range(d.usable) if n not in d.segments)
+                d.turn += 1
+                segment = f.Segment(number, namespace, payload, d.super.boot << 32 | d.turn)
+                if self._write_segment(d, number, segment):
+                    d.segments[number] = segment
+                    return d, segment
+
+    def _write_segment(self, d: OpenDevice, number: int, segment: f.Segment) -> bool:
+        """Writes the page of the table that the record is in. Records do not cross sectors, so a torn write
+        leaves each of them old or new.
+        """
         per_page = f.PAGE // f.SEGMENT.itemsize
         first = number // per_page * per_page
         records = [d.segments.get(n) for n in range(first, min(first + per_page, d.super.segments))]
@@ -293,13 +322,8 @@ class FlashStore:
         return self._write(d, d.super.segments_at + first * f.SEGMENT.itemsize, page)
 
     def segments_of(self, namespace: int) -> list[tuple[OpenDevice, f.Segment]]:
-        """What is assigned to a namespace, as far as it lies within the devices."""
-        return [
-            (d, s)
-            for d in self.devices
-            for s in d.segments.values()
-            if s.namespace == namespace and s.number < d.usable
-        ]
+        """What is assigned to a namespace."""
+        return [(d, s) for d in self.devices for s in d.segments.values() if s.namespace == namespace]
 
     def records_of(self, namespace: int) -> Records:
         """The namespace's blocks in the snapshots, ``device`` being the engine's index."""
@@ -310,6 +334,14 @@ class FlashStore:
                 mine["device"] = d.io
                 parts.append(mine)
         return np.concatenate(parts) if parts else np.zeros(0, f.RECORD)
+
+    def forget_records(self) -> None:
+        """All namespaces have taken theirs: frees the memory."""
+        for d in self.devices:
+            if d.records is not None:
+                d.records = np.zeros(0, f.RECORD)
+
+    # --- losses ---
 
     def _good(self) -> list[OpenDevice]:
         return [d for d in self.devices if not d.failed]
@@ -323,12 +355,41 @@ class FlashStore:
         return True
 
     def fail(self, d: OpenDevice, why: str) -> None:
-        """Takes a device out: nothing more is written there, its blocks are misses."""
+        """Takes a device out: nothing more is written there, its blocks are misses. Does not block."""
         if not d.failed:
             d.failed = why
+            self._unrecorded = True
             log.error("flash %s is taken out: %s", d.device.path, why)
             if self.flash != ffi.NULL:
                 lib.mkv_flash_device_fail(self.flash, d.io)
+
+    def look(self, patience_ns: int) -> bool:
+        """Takes out devices that the C core has given up, or that have not answered for so long. Does not
+        block. Whether there are losses that :meth:`settle` has to record.
+        """
+        stats = ffi.new("struct mkv_flash_device_stats *")
+        for d in self._good():
+            if lib.mkv_flash_device_stats(self.flash, d.io, stats) == 0 and stats.failed:
+                self.fail(d, "I/O errors")
+            elif lib.mkv_flashio_stuck(self.io, d.io) > patience_ns:
+                self.fail(d, f"no answer for {patience_ns // 1_000_000_000} s")
+        return self._unrecorded
+
+    def settle(self) -> bool:
+        """Leaves a new mark on the devices that remain, so that a lost one that comes back is known to have
+        missed what was deleted meanwhile. False: there is none to leave it on.
+        """
+        with self._lock:
+            while self._unrecorded:
+                if not self._good():
+                    return False
+                self._unrecorded = False
+                self._boot, self._start = self._boot + 1, secrets.randbits(64)
+                for d in self._good():
+                    block = d.super.next(boot=self._boot, start=self._start, count=len(self._good()))
+                    if self._write(d, block.place(), block.pack()):
+                        d.super = block
+            return True
 
     # --- stopping ---
 
@@ -337,17 +398,19 @@ class FlashStore:
 
         :param export: all blocks on flash, dtype RECORD, ``device`` being the engine's index.
         """
-        records = export()
-        for d in self._good():
-            mine = records[records["device"] == d.io].copy()
-            mine["device"] = d.super.index
-            block = d.super.next(clean=True, snapshot=d.super.generation + 1)
-            raw = f.pack_snapshot(mine, block.snapshot, block.secret)
-            if len(raw) > block.snapshot_bytes:
-                log.warning("flash %s: %d blocks do not fit the snapshot", d.device.path, len(mine))
-                continue
-            if self._write(d, block.snapshot_at, raw) and self._write(d, block.place(), block.pack()):
-                d.super = block
+        with self._lock:
+            records = export()
+            for d in self._good():
+                mine = records[records["device"] == d.io].copy()
+                mine["device"] = d.super.index
+                block = d.super.next(clean=True, snapshot=d.super.generation + 1)
+                raw = f.pack_snapshot(mine, block.snapshot, block.secret)
+                if len(raw) > block.snapshot_bytes:
+                    log.warning("flash %s: %d blocks do not fit the snapshot", d.device.path, len(mine))
+                    continue
+                if self._write(d, block.snapshot_at, raw) and self._write(d, block.place(), block.pack()):
+                    d.super = block
+            self.settle()
 
     def close(self) -> None:
         """After all namespaces. Whether it is clean has been decided by :meth:`save`."""
@@ -357,29 +420,81 @@ class FlashStore:
         if self.io != ffi.NULL:
             lib.mkv_flashio_free(self.io)
             self.io = ffi.NULL
-        for d in self.devices:
-            d.device.close()
+        for device in self._opened:
+            with contextlib.suppress(OSError):
+                device.close()
+        self._opened.clear()
 
-    def describe(self) -> list[dict[str, int | str | bool]]:
-        """One entry per device, for status and metrics."""
-        out: list[dict[str, int | str | bool]] = []
+    # --- what it tells ---
+
+    def engine(self) -> tuple[str, str]:
+        """The rung of the I/O engine, and why."""
+        return (
+            ffi.string(lib.mkv_flashio_rung(self.io)).decode(),
+            ffi.string(lib.mkv_flashio_reason(self.io)).decode(),
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Gauges and counters of the C core."""
+        out = ffi.new("struct mkv_flash_stats *")
+        lib.mkv_flash_stats(self.flash, out)
+        return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct mkv_flash_stats").fields}
+
+    def describe(self) -> dict[str, dict[str, int | str | bool]]:
+        """By path: each device, and each path that cannot be used."""
+        out: dict[str, dict[str, int | str | bool]] = {}
         stats = ffi.new("struct mkv_flash_device_stats *")
         for d in self.devices:
             lib.mkv_flash_device_stats(self.flash, d.io, stats)
-            entry: dict[str, int | str | bool] = {
-                "path": str(d.device.path),
-                "bytes": d.super.bytes,
+            out[str(d.device.path)] = {
+                "failed": d.failed or ("I/O errors" if stats.failed else ""),
                 "direct": d.device.direct,
+                "reason": d.device.reason,
+                "bytes": d.super.size,
+                "segment_bytes": d.super.segment_bytes,
                 "segments": d.super.segments,
                 "segments_free": d.free,
-                "segment_bytes": d.super.segment_bytes,
+                "extents": int(stats.extents),
+                "extents_free": int(stats.free),
+                "live_bytes": int(stats.bytes_live),
+                "read_errors": int(stats.read_errors),
+                "write_errors": int(stats.write_errors),
+                "corrupt": int(stats.corrupt),
+                "oldest_request_ms": int(lib.mkv_flashio_stuck(self.io, d.io)) // 1_000_000,
             }
-            for name, _ in ffi.typeof("struct mkv_flash_device_stats").fields:
-                if name not in ("spare", "segments", "failed"):
-                    entry[name] = int(getattr(stats, name))
-            if stats.failed and not d.failed:
-                d.failed = "repeated I/O errors"
-            entry["failed"] = d.failed
-            out.append(entry)
-        out += [{"path": path, "failed": why} for path, why in self.unusable.items()]
-        return out
+        return out | {path: {"failed": why} for path, why in self.unusable.items()}
+
+    def degraded(self) -> str:
+        """Which devices are out, and why; empty if none is."""
+        out = [f"{d.device.path}: {d.failed}" for d in self.devices if d.failed]
+        return "; ".join(out + [f"{path}: {why}" for path, why in self.unusable.items()])
+
+
+def _pack_table(block: f.Superblock, segments: dict[int, f.Segment]) -> bytes:
+    """A device's whole segment table."""
+    table = b"".join(f.pack_segment(segments.get(n), block.secret) for n in range(block.segments))
+    return table.ljust(block.snapshot_at - block.segments_at, b"\0")
+
+
+def _read_names(device: Device, block: f.Superblock) -> tuple[int, list[f.Name]] | None:
+    both = [device.read(block.names_at + i * f.NAMES_BYTES, f.NAMES_BYTES) for i in (0, 1)]
+    whole = [t for t in (f.parse_names(raw, block.secret) for raw in both) if t is not None]
+    return max(whole, key=lambda t: t[0], default=None)
+
+
+def _read_snapshot(device: Device, block: f.Superblock) -> Records | None:
+    """The records of a clean device; None: it has to be scanned."""
+    try:
+        page = device.read(block.snapshot_at, f.PAGE)
+        count = f.snapshot_count(page, block.snapshot, block.secret)
+        if count is None:
+            return np.zeros(0, f.RECORD) if block.boot == 0 else None
+        length = -(-count * f.RECORD.itemsize // f.PAGE) * f.PAGE
+        body = device.read(block.snapshot_at + f.PAGE, length) if length else b""
+        records = f.parse_snapshot(page, body, block.secret)
+    except MemKVError as exc:
+        log.error("flash %s: no snapshot: %s", device.path, exc)
+        return None
+    if records is None:
+        log.error("flash %s: the snapshot is damaged", device.path)
+    return records

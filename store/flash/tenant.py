@@ -1,0 +1,111 @@
+"""A namespace's part of flash: its segments and blocks found again, new segments, and what it tells.
+
+Everything here may block (a segment is written down before it is used), so it is called in the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..native._store import ffi, lib
+from . import format as f
+from .store import FlashStore, OpenDevice, Records
+
+log = logging.getLogger("memkv.flash")
+
+
+class Tenant:
+    """Made before the namespace's first slab is ready.
+
+    :param ns: the namespace's core. :param name: what flash remembers of it.
+    """
+
+    def __init__(self, store: FlashStore, ns: Any, name: f.Name) -> None:
+        self.store = store
+        self.name = name
+        self._ns = ns
+        rc = lib.mkv_ns_flash_attach(ns, store.flash, name.incarnation)
+        if rc:
+            raise MemoryError(f"namespace {name.name} cannot use flash: error {-rc}")
+
+    # --- what was there before ---
+
+    @property
+    def expected(self) -> int:
+        """Blocks that there may be at most after :meth:`restore`."""
+        header = self.name.align
+        return sum(d.super.segment_bytes // (header + s.payload) for d, s in self._segments())
+
+    def _segments(self) -> list[tuple[OpenDevice, f.Segment]]:
+        return self.store.segments_of(self.name.id)
+
+    def restore(self, make_room: Callable[[], object], scan: bool = False) -> None:
+        """Takes up the namespace's segments: from snapshots where a device has one, else by a scan that goes
+        on after this has returned.
+
+        :param make_room: is called when the index is full. :param scan: all of them by a scan.
+        :raises MemoryError: then nothing may be served: what was deleted could be found later.
+        """
+        imported = np.zeros(0, f.RECORD) if scan else self.store.records_of(self.name.id)
+        for d, segment in self._segments():
+            how = 1 if scan or d.records is None else 2
+            self._add(d, segment, how)
+        if scan:
+            return
+        records = ffi.from_buffer("struct mkv_flash_record[]", imported) if len(imported) else ffi.NULL
+        taken = 0
+        while taken < len(imported):
+            taken += int(lib.mkv_ns_flash_import(self._ns, records + taken, len(imported) - taken))
+            if taken < len(imported):
+                make_room()
+        lib.mkv_ns_flash_imported(self._ns)
+        if len(imported):
+            log.info("namespace %s: %d blocks from snapshots", self.name.name, self.stats()["flash_blocks"])
+
+    def _add(self, d: OpenDevice, segment: f.Segment, scan: int) -> None:
+        handle = int(lib.mkv_ns_segment_add(self._ns, d.span(segment), scan))
+        if handle < 0:
+            where = f"segment {segment.number} of {d.device.path}"
+            raise MemoryError(f"namespace {self.name.name}: {where} cannot be used: {os.strerror(-handle)}")
+
+    def scanning(self) -> int:
+        """Header pages still to be looked at; until it is 0 there may be blocks that are not known yet."""
+        return int(lib.mkv_ns_scanning(self._ns))
+
+    # --- growing ---
+
+    def grow(self) -> int:
+        """Gives every size class that wants one a segment, as far as there are any; returns how many."""
+        taken = 0
+        while payload := int(lib.mkv_ns_segment_wanted(self._ns)):
+            found = self.store.take_segment(self.name.id, payload, self.name.align)
+            if found is None:
+                lib.mkv_ns_segment_denied(self._ns, payload)
+            else:
+                self._add(*found, 0)
+                taken += 1
+        return taken
+
+    # --- stopping, and what it tells ---
+
+    def export(self) -> Records:
+        """All blocks on flash, ``device`` being the engine's index. Nothing changes meanwhile."""
+        n = int(lib.mkv_ns_flash_export(self._ns, ffi.NULL, 0))
+        records = np.zeros(n, f.RECORD)
+        if n:
+            out = ffi.from_buffer("struct mkv_flash_record[]", records, require_writable=True)
+            n = min(n, int(lib.mkv_ns_flash_export(self._ns, out, n)))
+        records = records[:n]
+        records["namespace"] = self.name.id
+        return records
+
+    def stats(self) -> dict[str, int]:
+        out = ffi.new("struct mkv_ns_flash_stats *")
+        lib.mkv_ns_flash_stats(self._ns, out)
+        names = (name for name, _ in ffi.typeof("struct mkv_ns_flash_stats").fields)
+        return {f"flash_{name}": int(getattr(out, name)) for name in names}

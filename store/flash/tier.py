@@ -1,0 +1,212 @@
+"""The flash tier on the event loop: who waits for barriers, scans and staged blocks, and what is watched.
+
+One eventfd of the C core says that something is there to be collected; a tick every second looks for devices
+that have failed or do not answer, and tells how far a scan is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from ..native._store import lib
+from ..staging import Staging
+from . import format as f
+from .store import FlashStore, Records
+from .tenant import Tenant
+
+log = logging.getLogger("memkv.flash")
+
+TICK_SECONDS = 1.0
+STUCK_SECONDS = 30  # a device that leaves a request unanswered for so long is taken out
+SYNC_SECONDS = 8.0  # for a clean stop to write what is dirty
+TELL_SECONDS = 10.0  # between lines in the log about a scan
+
+
+class Space(Protocol):
+    """What the tier needs of a namespace."""
+
+    flash: Tenant | None
+
+    def wake(self) -> None:
+        """There may be chores."""
+
+
+class FlashTier:
+    """A node's flash. Made in the pool (opening takes time); the rest belongs to the event loop."""
+
+    def __init__(self, store: FlashStore, pool: ThreadPoolExecutor) -> None:
+        self.store = store
+        self.staging = Staging(pool)
+        self._pool = pool
+        self._spaces: Callable[[], Iterable[Space]] = tuple
+        self._barriers: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._scans: list[tuple[Tenant, asyncio.Future[None]]] = []
+        self._events: asyncio.AbstractEventLoop
+        self._ticker: asyncio.Task[None] | None = None
+        self._told = 0.0
+        self._was_scanning = False
+
+    def attach(self, events: asyncio.AbstractEventLoop, spaces: Callable[[], Iterable[Space]]) -> None:
+        """Begins to watch.
+
+        :param spaces: the namespaces that there are at the moment.
+        """
+        self._events = events
+        self._spaces = spaces
+        self._was_scanning = self.scanning > 0
+        events.add_reader(self.store.eventfd, self._event)
+        self._ticker = events.create_task(self._tick(), name="flash")
+
+    def detach(self) -> None:
+        """Ends watching; nobody waits any more."""
+        self._events.remove_reader(self.store.eventfd)
+        if self._ticker:
+            self._ticker.cancel()
+
+    def _event(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.store.eventfd)
+        self.staging.collect()
+        over = lib.mkv_flash_barriers(self.store.flash)
+        while self._barriers and self._barriers[0][0] <= over:
+            _finish(self._barriers.popleft()[1])
+        self._look_at_scans()
+        for space in self._spaces():
+            space.wake()
+
+    def _look_at_scans(self) -> None:
+        for tenant, future in [pair for pair in self._scans if not pair[0].scanning()]:
+            self._scans.remove((tenant, future))
+            _finish(future)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self.store.look(STUCK_SECONDS * 1_000_000_000):
+                await self._events.run_in_executor(self._pool, self.store.settle)
+            self._look_at_scans()
+            if self._was_scanning:
+                self._tell_of_scan()
+
+    def _tell_of_scan(self) -> None:
+        left = self.scanning
+        if left and self._events.time() - self._told < TELL_SECONDS:
+            return
+        self._told = self._events.time()
+        self._was_scanning = left > 0
+        n = self.store.stats()
+        dropped = {k[8:]: v for k, v in n.items() if k.startswith("dropped_") and v}
+        log.info(
+            "flash scan %s: %d of %d headers, %d blocks recovered, dropped %s",
+            "goes on" if left else "is over",
+            n["scanned"],
+            n["scan_total"],
+            n["recovered"],
+            dropped or "none",
+        )
+
+    # --- waiting ---
+
+    @property
+    def scanning(self) -> int:
+        """Header pages still to be looked at, of all namespaces."""
+        return sum(space.flash.scanning() for space in self._spaces() if space.flash)
+
+    async def scanned(self, tenant: Tenant, until: float) -> bool:
+        """Waits until a namespace's scan is over; False if that takes longer than ``until`` (loop time)."""
+        if not tenant.scanning():
+            return True
+        future: asyncio.Future[None] = self._events.create_future()
+        self._scans.append((tenant, future))
+        if await self._wait(future, until):
+            return True
+        with contextlib.suppress(ValueError):
+            self._scans.remove((tenant, future))
+        return False
+
+    async def barrier(self, until: float) -> bool:
+        """Waits until all that has been deleted so far can never return. False: too late, or a device was
+        lost and there is none to remember that.
+        """
+        number = int(await self._events.run_in_executor(self._pool, lib.mkv_flash_barrier, self.store.flash))
+        if not await self._over(number, until):
+            return False
+        if self.store.look(STUCK_SECONDS * 1_000_000_000):
+            return bool(await self._events.run_in_executor(self._pool, self.store.settle))
+        return True
+
+    async def _over(self, number: int, until: float) -> bool:
+        if lib.mkv_flash_barriers(self.store.flash) >= number:
+            return True
+        future: asyncio.Future[None] = self._events.create_future()
+        self._barriers.append((number, future))
+        return await self._wait(future, until)
+
+    async def _wait(self, future: asyncio.Future[None], until: float) -> bool:
+        timer = self._events.call_at(until, future.cancel)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.cancelled() and self._events.time() >= until:
+                return False
+            raise
+        finally:
+            timer.cancel()
+        return True
+
+    # --- stopping ---
+
+    async def finish(self) -> None:
+        """A clean stop, after all sessions: writes what is dirty, then the snapshots that make the next start
+        quick. What does not get done in time costs the next start a scan, never a block that was promised.
+        """
+        tenants = [space.flash for space in self._spaces() if space.flash]
+        dirty = self.store.stats()["dirty_bytes"]
+        if dirty:
+            log.info("flash: %d MiB are still to be written", dirty >> 20)
+        until = self._events.time() + SYNC_SECONDS
+        number = int(await self._events.run_in_executor(self._pool, lib.mkv_flash_sync, self.store.flash))
+        if not await self._over(number, until):
+            left = self.store.stats()["dirty_bytes"] >> 20
+            log.error("flash: %d MiB could not be written within %.0f s; a scan follows", left, SYNC_SECONDS)
+            return
+        if any(tenant.scanning() for tenant in tenants):
+            log.warning("flash: stopped before the scan was over; it begins anew at the next start")
+            return
+
+        def export() -> Records:
+            return np.concatenate([np.zeros(0, f.RECORD), *(tenant.export() for tenant in tenants)])
+
+        self.store.look(STUCK_SECONDS * 1_000_000_000)
+        await self._events.run_in_executor(self._pool, self.store.save, export)
+
+    # --- what it tells ---
+
+    def status(self) -> dict[str, int | str | bool]:
+        """Flat: the engine, the core's figures, and how far a scan is."""
+        engine, reason = self.store.engine()
+        devices = self.store.describe()
+        return {
+            "engine": engine,
+            "reason": reason,
+            "devices": len(devices),
+            "devices_out": sum(bool(d.get("failed")) for d in devices.values()),
+            "degraded": self.store.degraded(),
+            "scan_left": self.scanning,
+            "stages": self.staging.under_way,
+            **self.store.stats(),
+        }
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
