@@ -31,6 +31,7 @@ class Status(IntEnum):
     ERROR_FULL = 21
     ERROR_REFUSED = 22
     ERROR_INTERNAL = 23
+    ERROR_DEVICE = 24
 
     @property
     def is_error(self) -> bool:
@@ -57,6 +58,7 @@ _TEXT = {
     Status.ERROR_FULL: "the node has no room, and nothing that it may evict in time",
     Status.ERROR_REFUSED: "not allowed: a region that was not offered, a pin without a time to live",
     Status.ERROR_INTERNAL: "the node's own fault; its log says more",
+    Status.ERROR_DEVICE: "the node's flash could not be read, or the block not be written to it",
 }
 
 

@@ -16,7 +16,7 @@ from cffi import FFI
 
 HERE = "memkv/store/native"
 # Order matters: a type is declared before it is used.
-HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h", "flashio.h"]
+HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h", "flashio.h", "flash.h"]
 SOURCES = [
     "checksum.c",
     "checksum_avx2.c",
@@ -39,6 +39,17 @@ SOURCES = [
     "flashio_uring.c",
     "flashio_threads.c",
     "flashio_fault.c",
+    "flash.c",
+    "flash_barrier.c",
+    "flash_cell.c",
+    "flash_zero.c",
+    "flash_writeback.c",
+    "flash_stage.c",
+    "flash_scan.c",
+    "flash_snapshot.c",
+    "flash_scrub.c",
+    "flash_ns.c",
+    "flash_check.c",
 ]
 
 _MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)

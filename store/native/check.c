@@ -16,13 +16,17 @@
             return __LINE__;                                                                                 \
     } while (0)
 
+static int is_state(const struct mkv_extent *e, int state) {
+    return e->state == state || (state == MKV_EXTENT_LIVE && e->state == MKV_EXTENT_STAGED);
+}
+
 static int check_list(struct mkv_ns *ns, const struct mkv_list *l, const struct mkv_class *c, int state,
                       int pinned) {
     const struct mkv_extent *prev = NULL;
     uint64_t n = 0;
     for (const struct mkv_extent *e = l->head; e; prev = e, e = e->next) {
         CHECK(++n <= l->count && e->prev == prev);
-        CHECK(e->state == state && !!e->pins == pinned);
+        CHECK(is_state(e, state) && !!e->pins == pinned && e->write == MKV_CLEAN);
         const struct mkv_slab *s = mkv_slab_by_id(ns, e->slab);
         CHECK(s && s->state == MKV_SLAB_READY && (!c || s->cls == c));
         if (state == MKV_EXTENT_QUARANTINE) {
@@ -34,17 +38,36 @@ static int check_list(struct mkv_ns *ns, const struct mkv_list *l, const struct 
     return 0;
 }
 
+/* Pinned blocks in slabs that are being retired and wait until they are on flash. */
+static uint64_t pinned_going(struct mkv_ns *ns, const struct mkv_class *c) {
+    uint64_t n = 0;
+    for (const struct mkv_slab *s = ns->slabs; s; s = s->next)
+        if (s->cls == c && s->state > MKV_SLAB_READY)
+            n += s->pinned;
+    return n;
+}
+
 static int check_class(struct mkv_ns *ns, const struct mkv_class *c) {
     int bad = check_list(ns, &c->free, c, MKV_EXTENT_FREE, 0);
     bad = bad ? bad : check_list(ns, &c->quarantine, c, MKV_EXTENT_QUARANTINE, 0);
     bad = bad ? bad : check_list(ns, &c->sieve.queue, c, MKV_EXTENT_LIVE, 0);
     if (bad)
         return bad;
-    uint64_t pinned = 0;
+    uint64_t pinned = 0, dirty = 0, dirty_pinned = 0, busy = 0;
     for (const struct mkv_extent *e = ns->pinned.head; e; e = e->next)
         pinned += mkv_slab_of(ns, e)->cls == c;
-    CHECK(pinned == c->pinned);
-    CHECK(c->extents == c->free.count + c->quarantine.count + c->sieve.queue.count + c->pinned + c->filling);
+    for (const struct mkv_slab *s = ns->slabs; s; s = s->next)
+        for (uint32_t i = 0; s->cls == c && s->state == MKV_SLAB_READY && i < s->count; i++) {
+            const struct mkv_extent *e = &s->extent[i];
+            int is_dirty = e->state == MKV_EXTENT_LIVE && e->write != MKV_CLEAN;
+            dirty += (uint64_t)is_dirty;
+            dirty_pinned += is_dirty && e->pins;
+            busy += e->state == MKV_EXTENT_BUSY;
+        }
+    CHECK(!busy || ns->flash);
+    CHECK(pinned + dirty_pinned == c->pinned - pinned_going(ns, c));
+    CHECK(c->extents ==
+          c->free.count + c->quarantine.count + c->sieve.queue.count + pinned + dirty + busy + c->filling);
     const struct mkv_extent *hand = c->sieve.hand, *e = c->sieve.queue.head;
     while (hand && e && e != hand)
         e = e->next;
@@ -57,24 +80,34 @@ static int check_extent(struct mkv_ns *ns, const struct mkv_slab *s, const struc
     const struct mkv_line *line = mkv_extent_line(s, e);
     struct mkv_slot slot;
     CHECK(e->slab == s->id);
-    if (e->state != MKV_EXTENT_LIVE) {
-        CHECK(line->generation == 0);
+    CHECK(!e->op || ns->flash);
+    if (!is_state(e, MKV_EXTENT_LIVE)) {
+        CHECK(line->generation == 0 && e->write == MKV_CLEAN);
+        CHECK(e->state != MKV_EXTENT_BUSY || e->op);
+        CHECK(e->state != MKV_EXTENT_STAGING || e->op);
         return 0;
     }
-    const struct mkv_cold *cold = (const struct mkv_cold *)(s->base + mkv_extent_offset(s, e));
+    CHECK((e->write == MKV_BEING_WRITTEN) == !!e->op);
     CHECK(line->magic == MKV_LINE_MAGIC && line->generation == e->generation && line->length == e->length);
     CHECK(line->checksum == e->checksum && !memcmp(line->key, e->key, 16));
-    CHECK(cold->magic == MKV_COLD_MAGIC && cold->length == e->length && cold->checksum == e->checksum);
-    CHECK(!memcmp(cold->key, e->key, 16) && cold->sequence <= ns->sequence && cold->slab_epoch == s->id);
+    const struct mkv_cold *cold = (const struct mkv_cold *)(s->base + mkv_extent_offset(s, e));
+    if (!ns->flash) {
+        CHECK(cold->magic == MKV_COLD_MAGIC && cold->length == e->length && cold->checksum == e->checksum);
+        CHECK(!memcmp(cold->key, e->key, 16) && cold->sequence <= ns->sequence && cold->slab_epoch == s->id);
+    }
     CHECK((uint32_t)e->generation && e->length && e->length <= s->cls->payload);
     CHECK(mkv_index_find(ns->index, e->key, &slot));
+    CHECK(e->state == MKV_EXTENT_LIVE ||
+          (slot.length == e->length && slot.location == mkv_cell_location(ns, e->cell)));
+    if (e->state == MKV_EXTENT_STAGED)
+        return 0;
     CHECK(slot.generation == (uint32_t)e->generation && slot.length == e->length);
     CHECK(slot.location == mkv_location(MKV_SLOT_LIVE, s->id, mkv_extent_offset(s, e) + ns->align));
     return 0;
 }
 
 static int check_slab(struct mkv_ns *ns, const struct mkv_slab *s) {
-    uint64_t live = 0, pinned = 0, filling = 0;
+    uint64_t live = 0, pinned = 0, filling = 0, io = 0;
     CHECK(s->ns == ns && mkv_slab_by_id(ns, s->id) == s);
     CHECK(s->base == ns->arena->base + s->place * ns->arena->slab_bytes);
     CHECK((s->count == s->cls->per_slab) && s->count * s->cls->extent <= ns->arena->slab_bytes);
@@ -82,8 +115,9 @@ static int check_slab(struct mkv_ns *ns, const struct mkv_slab *s) {
         return 0;
     for (uint32_t i = 0; i < s->count; i++) {
         const struct mkv_extent *e = &s->extent[i];
-        live += e->state == MKV_EXTENT_LIVE;
-        filling += e->state == MKV_EXTENT_FILLING;
+        live += is_state(e, MKV_EXTENT_LIVE);
+        filling += e->state == MKV_EXTENT_FILLING || e->state == MKV_EXTENT_STAGING;
+        io += e->op != 0;
         pinned += e->pins > 0;
         if (s->state == MKV_SLAB_READY) {
             CHECK(e->state != MKV_EXTENT_DEAD);
@@ -91,12 +125,14 @@ static int check_slab(struct mkv_ns *ns, const struct mkv_slab *s) {
             if (bad)
                 return bad;
         } else {
-            CHECK(e->state == MKV_EXTENT_DEAD || e->state == MKV_EXTENT_FILLING);
-            CHECK(s->extent[0].slab != s->id || mkv_extent_line(s, e)->generation == 0);
+            int waits = e->state == MKV_EXTENT_LIVE && e->write != MKV_CLEAN;
+            CHECK(waits || e->state == MKV_EXTENT_DEAD || e->state == MKV_EXTENT_FILLING ||
+                  e->state == MKV_EXTENT_STAGING);
+            CHECK(waits || s->extent[0].slab != s->id || mkv_extent_line(s, e)->generation == 0);
         }
     }
-    CHECK(live == s->live && pinned == s->pinned && filling == s->filling);
-    CHECK(s->state < MKV_SLAB_RETIRED || !filling);
+    CHECK(live == s->live && pinned == s->pinned && filling == s->filling && io == s->io);
+    CHECK(s->state < MKV_SLAB_RETIRED || (!filling && !live && !io));
     return 0;
 }
 
@@ -116,32 +152,34 @@ static int check_tables(struct mkv_ns *ns) {
 
 static int check_all(struct mkv_ns *ns) {
     int bad = check_list(ns, &ns->pinned, NULL, MKV_EXTENT_LIVE, 1);
-    uint64_t live = 0, bytes = 0, pinned_bytes = 0, slabs = 0, retiring = 0, ready = 0, coming = 0;
+    uint64_t blocks = 0, staged = 0, bytes = 0, pinned_bytes = 0, slabs = 0, retiring = 0, ready = 0,
+             coming = 0;
     for (uint32_t i = 0; !bad && i < ns->nclasses; i++) {
         const struct mkv_class *c = &ns->cls[i];
         bad = check_class(ns, c);
-        live += c->sieve.queue.count + c->pinned;
         pinned_bytes += c->pinned * c->extent;
         ready += c->slabs;
         coming += c->coming;
-        for (const struct mkv_extent *e = c->sieve.queue.head; !bad && e; e = e->next)
-            bytes += e->length;
     }
-    for (const struct mkv_extent *e = ns->pinned.head; !bad && e; e = e->next)
-        bytes += e->length;
     for (const struct mkv_slab *s = ns->slabs; !bad && s; s = s->next) {
         bad = check_slab(ns, s);
         slabs++;
         retiring += s->state > MKV_SLAB_READY;
+        blocks += s->live;
+        for (uint32_t i = 0; s->state != MKV_SLAB_TAKEN && i < s->count; i++) {
+            bytes += is_state(&s->extent[i], MKV_EXTENT_LIVE) ? s->extent[i].length : 0;
+            staged += s->extent[i].state == MKV_EXTENT_STAGED;
+        }
     }
     bad = bad ? bad : check_tables(ns);
     if (bad)
         return bad;
-    CHECK(live == ns->n.blocks && bytes == ns->n.bytes && live == ns->index->entries);
+    CHECK(blocks == ns->n.blocks && bytes == ns->n.bytes);
+    CHECK(ns->flash || blocks == ns->index->entries);
     CHECK(pinned_bytes == ns->pinned_bytes);
     CHECK(slabs == ready + coming + retiring);
     CHECK(retiring <= ns->retiring); /* one may be on its way back to the arena */
-    return 0;
+    return ns->flash ? mkv_flash_check(ns, blocks - staged, staged) : 0;
 }
 
 int mkv_ns_check(struct mkv_ns *ns) {

@@ -22,14 +22,16 @@ int mkv_fill_begin(struct mkv_ns *ns, const uint8_t key[16], uint32_t length, st
     if (length > ns->block_bytes)
         return MKV_ERROR_TOO_LARGE;
     pthread_mutex_lock(&ns->lock);
-    struct mkv_extent *e = mkv_ns_find(ns, key);
-    if (e) {
-        e->visited = 1;
+    struct mkv_place held;
+    if (mkv_ns_where(ns, key, &held)) {
+        mkv_place_touch(ns, &held);
         ns->n.duplicates++;
         pthread_mutex_unlock(&ns->lock);
         return MKV_EXISTS;
     }
-    e = mkv_extent_take(ns, mkv_class_of(ns, length));
+    struct mkv_extent *e = NULL;
+    if (!ns->flash || !mkv_flash_full(ns, length))
+        e = mkv_extent_take(ns, mkv_class_of(ns, length));
     if (!e) {
         ns->n.full++;
         pthread_mutex_unlock(&ns->lock);
@@ -59,7 +61,8 @@ static struct mkv_extent *filling(struct mkv_ns *ns, const struct mkv_fill *fill
 }
 
 /* The extent was never visible, so nobody can be reading it: it is free at once. */
-static void put_back(struct mkv_slab *s, struct mkv_extent *e) {
+void mkv_put_back(struct mkv_ns *ns, struct mkv_extent *e) {
+    struct mkv_slab *s = mkv_slab_of(ns, e);
     s->filling--;
     if (s->state == MKV_SLAB_READY) {
         s->cls->filling--;
@@ -70,6 +73,7 @@ static void put_back(struct mkv_slab *s, struct mkv_extent *e) {
     }
 }
 
+/* Without flash nothing outlives the process, and this says so. */
 static void write_cold(struct mkv_ns *ns, const struct mkv_slab *s, const struct mkv_extent *e) {
     struct mkv_cold *cold = (struct mkv_cold *)(s->base + mkv_extent_offset(s, e));
     *cold = (struct mkv_cold){.magic = MKV_COLD_MAGIC,
@@ -84,7 +88,7 @@ static void write_cold(struct mkv_ns *ns, const struct mkv_slab *s, const struct
     cold->check = XXH3_64bits_withSeed(cold, offsetof(struct mkv_cold, check), ns->arena->incarnation);
 }
 
-static void write_line(const struct mkv_slab *s, const struct mkv_extent *e) {
+void mkv_write_line(const struct mkv_slab *s, const struct mkv_extent *e) {
     struct mkv_line *line = mkv_extent_line(s, e); /* its generation is zero */
     line->magic = MKV_LINE_MAGIC;
     line->version = MKV_LAYOUT_VERSION;
@@ -101,13 +105,13 @@ int mkv_fill_publish(struct mkv_ns *ns, const struct mkv_fill *fill, const uint8
     pthread_mutex_lock(&ns->lock);
     struct mkv_extent *e = filling(ns, fill);
     struct mkv_slab *s = e ? mkv_slab_of(ns, e) : NULL;
-    struct mkv_extent *other = e ? mkv_ns_find(ns, key) : NULL;
+    struct mkv_place other;
     if (!e) {
         rc = MKV_ERROR_INTERNAL;
-    } else if (other) {
-        other->visited = 1;
+    } else if (mkv_ns_where(ns, key, &other)) {
+        mkv_place_touch(ns, &other);
         ns->n.duplicates++;
-        put_back(s, e);
+        mkv_put_back(ns, e);
         rc = MKV_EXISTS;
     } else if (s->state != MKV_SLAB_READY) {
         rc = MKV_ERROR_REFUSED;
@@ -118,8 +122,9 @@ int mkv_fill_publish(struct mkv_ns *ns, const struct mkv_fill *fill, const uint8
         memcpy(e->key, key, sizeof e->key);
         e->checksum = checksum;
         e->generation = mkv_arena_generation(ns->arena);
-        write_cold(ns, s, e);
-        write_line(s, e);
+        if (!ns->flash)
+            write_cold(ns, s, e);
+        mkv_write_line(s, e);
         struct mkv_slot slot = {.generation = (uint32_t)e->generation,
                                 .length = e->length,
                                 .location = mkv_location(MKV_SLOT_LIVE, s->id, fill->offset)};
@@ -129,7 +134,10 @@ int mkv_fill_publish(struct mkv_ns *ns, const struct mkv_fill *fill, const uint8
         s->filling--;
         s->cls->filling--;
         s->live++;
-        mkv_sieve_add(&s->cls->sieve, e);
+        if (ns->flash)
+            mkv_flash_published(ns, e);
+        else
+            mkv_sieve_add(&s->cls->sieve, e);
         ns->n.blocks++;
         ns->n.bytes += e->length;
         ns->n.puts++;
@@ -143,6 +151,6 @@ void mkv_fill_abandon(struct mkv_ns *ns, const struct mkv_fill *fill) {
     pthread_mutex_lock(&ns->lock);
     struct mkv_extent *e = filling(ns, fill);
     if (e)
-        put_back(mkv_slab_of(ns, e), e);
+        mkv_put_back(ns, e);
     pthread_mutex_unlock(&ns->lock);
 }

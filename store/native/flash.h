@@ -97,7 +97,8 @@ struct mkv_flash_record { /* 64 B: one block on flash, as the snapshot keeps it 
     uint32_t device; /* flashio's index now; identity in the file */
     uint32_t length;
     uint32_t flags;  /* bit 0: visited */
-    uint32_t spare[3];
+    uint32_t namespace_id;
+    uint32_t spare[2];
 };
 /* All blocks that are on flash: fills at most max, returns how many there are. */
 uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, uint64_t max);

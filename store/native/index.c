@@ -9,8 +9,8 @@
  * last, and taken away by zeroing the location word; a location word is never changed from one block's to
  * another's without having been zero. Two changes are made in place, each within the one word: the moved bit,
  * which does not change where the word points, and the step between LIVE and FLASH of the same block. When a
- * block becomes LIVE its new generation is written first: together with the old location, which says FLASH, it
- * means nothing, and the old generation with the new location agrees with no line, for it never recurs.
+ * block becomes LIVE its new generation is written first: together with the old location, which says FLASH,
+ * it means nothing, and the old generation with the new location agrees with no line, for it never recurs.
  *
  * Why displacement causes no false miss. An entry is written into its other bucket before the old slot is
  * marked, and the old slot stays readable until the tick that ends its grace period. A reader whose two

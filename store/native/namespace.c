@@ -75,13 +75,32 @@ void mkv_ns_free(struct mkv_ns *ns) {
     if (!ns)
         return;
     mkv_arena_unwatch(ns->arena, ns);
+    if (ns->flash)
+        mkv_ns_flash_detach(ns);
     release(ns);
 }
 
-/* The extent of the block with that key, or NULL. */
-struct mkv_extent *mkv_ns_find(struct mkv_ns *ns, const uint8_t key[16]) {
+/* Where the block with that key is; 0: nowhere. */
+int mkv_ns_where(struct mkv_ns *ns, const uint8_t key[16], struct mkv_place *out) {
     struct mkv_slot slot;
-    return mkv_index_find(ns->index, key, &slot) ? mkv_extent_at(ns, slot.location) : NULL;
+    *out = (struct mkv_place){0};
+    if (!mkv_index_find(ns->index, key, &slot))
+        return 0;
+    if (mkv_location_state(slot.location) == MKV_SLOT_FLASH) {
+        out->cell = mkv_cell_at(ns, slot.location);
+        out->e = mkv_cell_dram(out->cell);
+    } else {
+        out->e = mkv_extent_at(ns, slot.location);
+        out->cell = out->e->cell;
+    }
+    return 1;
+}
+
+void mkv_place_touch(struct mkv_ns *ns, const struct mkv_place *p) {
+    if (p->e)
+        p->e->visited = 1;
+    if (p->cell)
+        mkv_cell_touch(ns, p);
 }
 
 /* --- batches: `each` is done to the keys in order, under the lock, until it says to stop --- */
@@ -122,21 +141,27 @@ static int look_up(struct mkv_ns *ns, const uint8_t key[16], uint8_t *status) {
 }
 
 static int touch(struct mkv_ns *ns, const uint8_t key[16], uint8_t *status) {
-    struct mkv_extent *e = mkv_ns_find(ns, key);
+    struct mkv_place p;
+    int found = mkv_ns_where(ns, key, &p);
     (void)status;
-    if (e)
-        e->visited = 1;
-    ns->n.touches += e != NULL;
-    return e != NULL;
+    if (found)
+        mkv_place_touch(ns, &p);
+    ns->n.touches += (uint64_t)found;
+    return found;
 }
 
 static int delete (struct mkv_ns *ns, const uint8_t key[16], uint8_t *status) {
-    struct mkv_extent *e = mkv_ns_find(ns, key);
-    if (e)
-        mkv_unpublish(ns, e);
-    ns->n.deletes += e != NULL;
-    *status = e ? MKV_DONE : MKV_MISS;
-    return e != NULL;
+    struct mkv_place p;
+    int found = mkv_ns_where(ns, key, &p);
+    *status = found ? MKV_DONE : MKV_MISS;
+    if (ns->flash && mkv_flash_delete(ns, key, &p)) {
+        *status = MKV_ERROR_INTERNAL;
+        return 0;
+    }
+    if (found && !ns->flash)
+        mkv_unpublish(ns, p.e);
+    ns->n.deletes += (uint64_t)found;
+    return found;
 }
 
 uint32_t mkv_ns_lookup(struct mkv_ns *ns, const uint8_t *keys, uint32_t n, uint8_t *status) {
@@ -152,7 +177,10 @@ uint32_t mkv_ns_touch(struct mkv_ns *ns, const uint8_t *keys, uint32_t n) {
 }
 
 uint32_t mkv_ns_delete(struct mkv_ns *ns, const uint8_t *keys, uint32_t n, uint8_t *status) {
-    return batch(ns, keys, n, status, delete, 0);
+    uint32_t good = batch(ns, keys, n, status, delete, 0);
+    if (ns->flash)
+        mkv_flash_deleted(ns);
+    return good;
 }
 
 void mkv_ns_stats(struct mkv_ns *ns, struct mkv_ns_stats *out) {

@@ -5,16 +5,28 @@
  *     │                             a sieve of live blocks                               (slab.c, sieve.c)
  *     ├─ slabs ──► slab             a span of the arena, all extents of one class        (retire.c)
  *     │             └─ extent[]     what the node knows of each place for a block
- *     └─ pinned                     live blocks that may not be evicted                  (pin.c)
+ *     ├─ pinned                     live blocks that may not be evicted                  (pin.c)
+ *     └─ flash                      NULL, or the namespace's part in the flash tier      (flash_ns.h)
  *
- * Lock order: arena's timer_lock, a namespace's lock, the arena's lock. All functions declared in this file
- * want the namespace's lock held, unless it is said that they do not.
+ * Lock order: arena's timer_lock, flash's round_lock, a namespace's lock, then the arena's lock or flash's
+ * lock, then those inside flashio. All functions declared in this file want the namespace's lock held, unless
+ * it is said that they do not.
  *
  * An extent's life:
  *
  *   FREE ──begin──► FILLING ──publish──► LIVE ──unpublish──► QUARANTINE ──five ticks──► FREE
  *     ▲                │
  *     └────abandon─────┘           and from anywhere, when its slab is retired: DEAD
+ *
+ * With flash there is a second way in, for a block that comes back from there; and an extent whose block was
+ * deleted while a device reads it is not freed before that is over:
+ *
+ *   FREE ──stage──► STAGING ──verified──► STAGED ──second use──► LIVE ──unpublish──► QUARANTINE
+ *     ▲                │                     └────────────────evict────────────────►  │ five ticks
+ *     ├────in vain─────┘                                                              ▼
+ *     └──────────────────────────────── the device is done ◄──────────────────────── BUSY
+ *
+ * A LIVE block is besides that DIRTY or CLEAN (mkv_write_state); without flash it is always clean.
  */
 #ifndef MKV_NS_H
 #define MKV_NS_H
@@ -32,21 +44,40 @@ enum mkv_extent_state {
     MKV_EXTENT_FILLING,
     MKV_EXTENT_LIVE,
     MKV_EXTENT_QUARANTINE,
-    MKV_EXTENT_DEAD
+    MKV_EXTENT_DEAD,
+    MKV_EXTENT_STAGING, /* being read from flash */
+    MKV_EXTENT_STAGED,  /* as LIVE, but no slot names it: its block's slot names the cell on flash */
+    MKV_EXTENT_BUSY     /* has served its quarantine, but a device still reads it */
 };
 
-struct mkv_extent { /* 72 B: what the node knows of one extent. Not registered: no peer sees it */
+/* How far a LIVE block is from being on flash. */
+enum mkv_write_state {
+    MKV_CLEAN,         /* it is there; or it cannot be, and has no cell; or there is no flash */
+    MKV_DIRTY,         /* from here on in the dirty list of that urgency */
+    MKV_URGENT,        /* somebody waits for it */
+    MKV_MUST,          /* a barrier that has begun waits for it, or it has to be written again */
+    MKV_BEING_WRITTEN, /* in no list */
+};
+
+struct mkv_cell;
+
+struct mkv_extent { /* 88 B: what the node knows of one extent. Not registered: no peer sees it */
     uint8_t key[16];
     uint64_t generation; /* of the last publication */
     uint64_t checksum;
     uint64_t until; /* QUARANTINE: the epoch of release; pinned: when the pin expires, ns */
     struct mkv_extent *prev, *next;
+    struct mkv_cell *cell; /* the block's place on flash, or NULL */
     uint32_t slab;
     uint32_t length;
     uint32_t pins;
+    uint16_t op; /* 1 + the number of the request that has this memory, or 0 */
     uint8_t state;
     uint8_t visited;
-    uint8_t spare[2];
+    uint8_t write; /* mkv_write_state */
+    uint8_t tries; /* to write it that failed */
+    uint8_t avoid; /* 1 + the device where the last one did, or 0 */
+    uint8_t spare;
 };
 
 struct mkv_list {
@@ -64,10 +95,11 @@ struct mkv_class {
     uint64_t extent;  /* header page and payload */
     uint64_t per_slab;
     struct mkv_list free, quarantine;
-    struct mkv_sieve sieve; /* live and not pinned */
+    struct mkv_sieve sieve; /* live or staged, clean, and not pinned */
     uint64_t slabs;         /* ready ones */
     uint64_t extents;       /* of ready slabs: free, filling, live, quarantined */
-    uint64_t filling, pinned;
+    uint64_t filling;       /* and staging */
+    uint64_t pinned;
     uint64_t coming;    /* slabs taken and not ready */
     uint64_t taken;     /* extents asked of this class since the last tick */
     uint64_t rate16;    /* the same per tick, smoothed, in sixteenths */
@@ -95,7 +127,10 @@ struct mkv_slab {
     uint32_t id;
     uint32_t place; /* in the arena */
     uint32_t count;
-    uint32_t live, pinned, filling;
+    uint32_t live; /* and staged */
+    uint32_t pinned;
+    uint32_t filling; /* and staging */
+    uint32_t io;      /* extents whose memory a device has */
     enum mkv_slab_state state;
 };
 
@@ -114,10 +149,11 @@ struct mkv_ns {
     struct mkv_slab *slabs;
     struct mkv_list pinned;
     uint64_t pinned_bytes;
-    uint32_t retiring;         /* slabs between retire and released */
-    struct mkv_index *index;   /* in force */
-    struct mkv_index *pending; /* prepared */
-    struct mkv_index *growing; /* pending, while switch fills it: changes go to both */
+    struct mkv_ns_flash *flash; /* or NULL */
+    uint32_t retiring;          /* slabs between retire and released */
+    struct mkv_index *index;    /* in force */
+    struct mkv_index *pending;  /* prepared */
+    struct mkv_index *growing;  /* pending, while switch fills it: changes go to both */
     int growing_failed;
     int pressure; /* an insertion found no room since the last growth */
     struct mkv_index *table[MKV_MAX_TABLES];
@@ -147,8 +183,16 @@ void mkv_sieve_add(struct mkv_sieve *s, struct mkv_extent *e);
 void mkv_sieve_remove(struct mkv_sieve *s, struct mkv_extent *e);
 struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s); /* still in the queue; NULL if that is empty */
 
+/* --- fill.c --- */
+void mkv_write_line(const struct mkv_slab *s, const struct mkv_extent *e);
+void mkv_put_back(struct mkv_ns *ns, struct mkv_extent *e); /* FILLING or STAGING -> FREE */
+
 /* --- quarantine.c --- */
-void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e);
+void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e); /* of a LIVE or STAGED one: the block is gone */
+void mkv_evict(struct mkv_ns *ns, struct mkv_extent *e);     /* the same, but what flash has stays */
+/* A device has the extent's memory for the request of that number; and has it no more. */
+void mkv_extent_io_begin(struct mkv_ns *ns, struct mkv_extent *e, uint16_t number);
+void mkv_extent_io_end(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_quarantine_release(struct mkv_ns *ns, struct mkv_class *c);
 
 /* --- reserve.c --- */
@@ -158,7 +202,12 @@ struct mkv_extent *mkv_extent_take(struct mkv_ns *ns, struct mkv_class *c);
 void mkv_class_tick(struct mkv_ns *ns, struct mkv_class *c);
 
 /* --- pin.c --- */
-void mkv_pin_drop(struct mkv_ns *ns, struct mkv_extent *e); /* forgets all pins; e is in no list after it */
+/* Neither adds to a list; drop forgets all pins and takes a clean e off the list of pinned ones. */
+void mkv_pin_add(struct mkv_ns *ns, struct mkv_extent *e, uint32_t pins, uint64_t until);
+void mkv_pin_drop(struct mkv_ns *ns, struct mkv_extent *e);
+/* A clean block joins the SIEVE queue, or the list of pinned ones; and leaves it. */
+void mkv_settled_join(struct mkv_ns *ns, struct mkv_extent *e);
+void mkv_settled_leave(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_pins_expire(struct mkv_ns *ns, uint64_t max);
 
 /* --- table.c --- */
@@ -173,6 +222,33 @@ int mkv_table_wanted(const struct mkv_ns *ns);
 uint32_t mkv_chores_locked(struct mkv_ns *ns);
 
 /* --- namespace.c --- */
-struct mkv_extent *mkv_ns_find(struct mkv_ns *ns, const uint8_t key[16]);
+struct mkv_place {         /* where a block is: at least one of the two */
+    struct mkv_extent *e;  /* LIVE, STAGING or STAGED */
+    struct mkv_cell *cell; /* WRITING or HELD */
+};
+int mkv_ns_where(struct mkv_ns *ns, const uint8_t key[16], struct mkv_place *out); /* 0: nowhere */
+void mkv_place_touch(struct mkv_ns *ns, const struct mkv_place *p);
+
+/* --- flash_*.c: of a namespace with flash only --- */
+void mkv_ns_flash_detach(struct mkv_ns *ns); /* wants no lock */
+void mkv_flash_tick(struct mkv_ns *ns);
+void mkv_flash_ticked(struct mkv_ns *ns);                     /* afterwards; wants no lock */
+int mkv_flash_wants(const struct mkv_ns *ns);                 /* a segment */
+int mkv_flash_full(const struct mkv_ns *ns, uint64_t length); /* too much is dirty */
+void mkv_flash_published(struct mkv_ns *ns, struct mkv_extent *e);
+void mkv_flash_hasten(struct mkv_ns *ns, struct mkv_extent *e); /* a dirty one */
+void mkv_flash_left(struct mkv_ns *ns,
+                    struct mkv_extent *e); /* an extent's block is unpublished or evicted */
+int mkv_flash_delete(struct mkv_ns *ns, const uint8_t key[16], const struct mkv_place *p); /* 0 or -ENOMEM */
+void mkv_flash_deleted(struct mkv_ns *ns);
+struct mkv_cell *mkv_cell_at(struct mkv_ns *ns, uint64_t location);
+struct mkv_extent *mkv_cell_dram(const struct mkv_cell *cell); /* the block's extent, or NULL */
+void mkv_cell_touch(struct mkv_ns *ns, const struct mkv_place *p);
+uint64_t mkv_cell_location(struct mkv_ns *ns, const struct mkv_cell *cell);
+uint8_t mkv_cell_pin_status(struct mkv_ns *ns, struct mkv_cell *cell, uint64_t until);
+uint8_t mkv_cell_unpin_status(struct mkv_ns *ns, struct mkv_cell *cell);
+void mkv_cell_pin(struct mkv_ns *ns, struct mkv_cell *cell, uint32_t pins, uint64_t until);
+void mkv_cell_pins_expire(struct mkv_ns *ns, uint64_t max, uint64_t now);
+int mkv_flash_check(struct mkv_ns *ns, uint64_t live, uint64_t staged); /* as mkv_ns_check */
 
 #endif

@@ -7,6 +7,9 @@
  *                       │                └─ no slot ──► WAITING ──again──► (published) FREE
  *                       └ failed, differs: abandoned ─► FREE
  *
+ * In a durable job what is published, and what exists already, goes on to FLUSHING, where its block is looked
+ * after until it is on stable media. Such a place holds no extent any more.
+ *
  * An extent is given back only from a place whose READ has completed, because until then a device may write
  * into it. If the device keeps a READ beyond all patience, the job ends `undrained` with its places as they
  * are, and whoever owns the queue pair destroys it before calling mkv_putjob_abandon.
@@ -16,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "flash.h"
 #include "put.h"
 
 #define BEGINS_A_STEP   64u
@@ -23,16 +27,18 @@
 #define POLL            4
 #define RETRY_MIN_NS    1000000ull  /* between attempts to find room: doubles from this … */
 #define RETRY_MAX_NS    32000000ull /* … to this */
+#define FLUSH_CHECK_NS  1000000ull
 #define CANCEL_CHECK_NS 100000000ull
 
-enum { FREE, READING, WAITING };
+enum { FREE, READING, WAITING, FLUSHING };
 
 struct place {
     struct mkv_fill fill;
     uint64_t checksum;
     uint32_t index; /* which put of the batch */
     uint32_t state;
-    uint32_t next; /* in the list of free ones */
+    uint32_t next;  /* in the list of free ones */
+    uint8_t status; /* FLUSHING: what it will be */
 };
 
 struct mkv_putjob {
@@ -48,6 +54,7 @@ struct mkv_putjob {
     uint32_t begun;   /* puts 0 … begun-1 have a status or a place */
     uint32_t reading; /* places by state */
     uint32_t waiting;
+    uint32_t flushing;
     uint32_t free; /* head of the list; `window`: empty */
     uint32_t window;
     uint32_t cancelled; /* set by another thread */
@@ -56,8 +63,10 @@ struct mkv_putjob {
     uint64_t set_aside; /* bytes */
     uint64_t retry_ns;  /* when to look for room again; 0: not waiting */
     uint64_t backoff_ns;
+    uint64_t flush_ns; /* when to look after what is FLUSHING */
     uint64_t stored_bytes;
     uint64_t read_bytes;
+    int durable;
     struct place place[];
 };
 
@@ -77,6 +86,37 @@ static void free_place(struct mkv_putjob *pj, struct place *p, int status) {
     p->state = FREE;
     p->next = pj->free;
     pj->free = (uint32_t)(p - pj->place);
+}
+
+/* The block is in the arena: the put is over, or waits for flash as well. */
+static void settle(struct mkv_putjob *pj, struct place *p, int status) {
+    int s = pj->durable && (status == MKV_STORED || status == MKV_EXISTS)
+                ? mkv_ns_durable(pj->ns, key_of(pj, p->index))
+                : MKV_DONE;
+    if (s != MKV_PENDING) {
+        free_place(pj, p, s == MKV_DONE ? status : s);
+        return;
+    }
+    pj->set_aside -= p->fill.length;
+    p->fill.length = 0;
+    p->state = FLUSHING;
+    p->status = (uint8_t)status;
+    pj->flushing++;
+}
+
+static int settle_some(struct mkv_putjob *pj, uint64_t now) {
+    int progress = 0;
+    pj->flush_ns = now + FLUSH_CHECK_NS;
+    for (uint32_t k = 0; k < pj->window && pj->flushing; k++) {
+        struct place *p = &pj->place[k];
+        int s = p->state == FLUSHING ? mkv_ns_durable(pj->ns, key_of(pj, p->index)) : MKV_PENDING;
+        if (s == MKV_PENDING)
+            continue;
+        free_place(pj, p, s == MKV_DONE ? p->status : s);
+        pj->flushing--;
+        progress = 1;
+    }
+    return progress;
 }
 
 static void abandon(struct mkv_putjob *pj, struct place *p, int status) {
@@ -135,13 +175,18 @@ static int begin(struct mkv_putjob *pj, uint64_t now) {
         return 0;
     }
     pj->begun++;
-    if (s != MKV_PENDING) {
+    if (s != MKV_PENDING && !(s == MKV_EXISTS && pj->durable)) {
         pj->status[i] = (uint8_t)s;
         return 1;
     }
     struct place *p = take_place(pj);
-    p->fill = fill;
     p->index = i;
+    if (s == MKV_EXISTS) {
+        p->fill.length = 0;
+        settle(pj, p, s);
+        return 1;
+    }
+    p->fill = fill;
     p->state = READING;
     pj->set_aside += length;
     s = post(pj, p);
@@ -187,7 +232,7 @@ static int publish(struct mkv_putjob *pj, struct place *p) {
         return 0;
     if (s == MKV_STORED)
         pj->stored_bytes += p->fill.length;
-    free_place(pj, p, s);
+    settle(pj, p, s);
     return 1;
 }
 
@@ -252,6 +297,12 @@ static int end(struct mkv_putjob *pj, uint64_t now) {
             pj->waiting--;
         }
     }
+    for (uint32_t k = 0; k < pj->window && pj->flushing; k++) {
+        if (pj->place[k].state == FLUSHING) {
+            free_place(pj, &pj->place[k], late ? MKV_TIMEOUT : MKV_ERROR_LINK);
+            pj->flushing--;
+        }
+    }
     if (ch->busy && !pj->job.undrained)
         return 0;
     for (uint32_t k = 0; k < pj->window && pj->reading; k++)
@@ -278,15 +329,19 @@ static int step(struct mkv_job *job) {
         progress |= begin_some(pj, now);
     }
     progress |= complete_some(pj, now);
+    if (pj->flushing && now >= pj->flush_ns)
+        progress |= settle_some(pj, now);
     if (ending || job->ch->broken)
         return end(pj, now) | progress;
-    if (pj->begun == pj->n && !pj->reading && !pj->waiting) {
+    if (pj->begun == pj->n && !pj->reading && !pj->waiting && !pj->flushing) {
         mkv_job_finish(job, 0);
         return 1;
     }
     job->wake_ns = now + CANCEL_CHECK_NS;
     if (pj->retry_ns && pj->retry_ns < job->wake_ns)
         job->wake_ns = pj->retry_ns;
+    if (pj->flushing && pj->flush_ns < job->wake_ns)
+        job->wake_ns = pj->flush_ns;
     return progress;
 }
 
@@ -304,7 +359,7 @@ void mkv_putjob_free(struct mkv_putjob *pj) {
 void mkv_putjob_init(struct mkv_putjob *pj, struct mkv_ns *ns, void *channel, const uint8_t *keys,
                      const uint32_t *lengths, const uint32_t *regions, const uint64_t *offsets,
                      const uint64_t *checksums, uint8_t *status, uint32_t n, uint64_t credit,
-                     uint64_t deadline_ns) {
+                     uint64_t deadline_ns, int durable) {
     uint32_t window = pj->window;
     *pj = (struct mkv_putjob){
         .job = {.step = step, .ch = channel, .deadline_ns = deadline_ns, .started_ns = mkv_now_ns()},
@@ -317,7 +372,8 @@ void mkv_putjob_init(struct mkv_putjob *pj, struct mkv_ns *ns, void *channel, co
         .status = status,
         .n = n,
         .window = window,
-        .credit = credit};
+        .credit = credit,
+        .durable = durable};
     for (uint32_t k = 0; k < window; k++) {
         pj->place[k].state = FREE;
         pj->place[k].next = k + 1;

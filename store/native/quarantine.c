@@ -8,10 +8,10 @@
  * The rules
  * ---------
  * Unpublishing (evicting, deleting, retiring a slab) zeroes the live line's generation, then empties the
- * slot, and then *leaves the extent alone*: it joins a queue and its bytes stay as they are until the
- * namespace's epoch has advanced by five ticks. Ticks are at least a quarter of the grace period G apart,
- * measured from the end of one to the start of the next (arena.c). The first of the five may come at any
- * moment after the unpublishing, the other four each take G/4: at least G of real time passes.
+ * slot (or lets it say FLASH), and then *leaves the extent alone*: it joins a queue and its bytes stay as
+ * they are until the namespace's epoch has advanced by five ticks. Ticks are at least a quarter of the grace
+ * period G apart, measured from the end of one to the start of the next (arena.c). The first of the five may
+ * come at any moment after the unpublishing, the other four each take G/4: at least G of real time passes.
  *
  * The reader accepts the payload only if, in the same READ, the live line carried the key, length and
  * generation that it expected, and less than G/2 passed from just before the posting to just after the
@@ -40,7 +40,8 @@
  * ------------------------------------------------------------------
  * (a) Nothing writes to an extent between its publication and the end of its quarantine. Not a READ that is
  *     still under way when the put gives up (a put ends only when no device can write any more), not a repair
- *     of the checksum, not a flag in the header page. The generation is the one exception. Step 3 needs it.
+ *     of the checksum, not a flag in the live line. The generation is the one exception. (The cold record,
+ * which no READ of a block covers, is completed when the image goes to flash.) Step 3 needs it.
  *
  * (b) A live line appears by a store of this CPU, after the fill has completed, and by nothing else: no DMA
  *     brings one along, and flash is read into the payload only. A generation is never one that was stored
@@ -68,33 +69,84 @@
  *              stricter; a stale second one is late by less than the two spare ticks.
  *
  * struct mkv_extent is this node's own memory: nobody else reads it, and the lock guards it.
+ *
+ * A device that writes a block to flash is a reader as well, one that tells when it is done. An extent that
+ * it still has when the five ticks are over is BUSY until the request ends.
  */
 #include "list.h"
 
-/* Takes a live block out of sight and puts its extent into quarantine (or, in a slab that is being retired,
- * leaves it dead: then the slab is in quarantine as a whole). */
-void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e) {
+#include <string.h>
+
+/* What both ways of going have in common, after the generation and the slot: puts the extent into quarantine
+ * (or, in a slab that is being retired, leaves it dead: then the slab is in quarantine as a whole). */
+static void leave(struct mkv_ns *ns, struct mkv_extent *e) {
     struct mkv_slab *s = mkv_slab_of(ns, e);
     struct mkv_class *c = s->cls;
 
-    __atomic_store_n(&mkv_extent_line(s, e)->generation, 0, __ATOMIC_RELEASE);
-    mkv_ns_remove(ns, e->key);
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* out of the store buffer before the clock starts to run */
 
     if (e->pins)
         mkv_pin_drop(ns, e);
-    else
+    else if (e->write == MKV_CLEAN)
         mkv_sieve_remove(&c->sieve, e);
+    if (ns->flash)
+        mkv_flash_left(ns, e);
     s->live--;
     ns->n.blocks--;
     ns->n.bytes -= e->length;
+    e->until = ns->epoch + MKV_GRACE_TICKS;
     if (s->state != MKV_SLAB_READY) {
         e->state = MKV_EXTENT_DEAD;
+        s->until = e->until;
         return;
     }
     e->state = MKV_EXTENT_QUARANTINE;
-    e->until = ns->epoch + MKV_GRACE_TICKS;
     mkv_list_push_tail(&c->quarantine, e);
+}
+
+static void zero_generation(struct mkv_ns *ns, const struct mkv_extent *e) {
+    __atomic_store_n(&mkv_extent_line(mkv_slab_of(ns, e), e)->generation, 0, __ATOMIC_RELEASE);
+}
+
+void mkv_unpublish(struct mkv_ns *ns, struct mkv_extent *e) {
+    zero_generation(ns, e);
+    mkv_ns_remove(ns, e->key);
+    leave(ns, e);
+}
+
+/* A clean block that is on flash stays there: its slot says so, with the generation that it had, which no
+ * line will ever have again. Without a copy there the block is gone. */
+void mkv_evict(struct mkv_ns *ns, struct mkv_extent *e) {
+    if (!e->cell) {
+        mkv_unpublish(ns, e);
+        return;
+    }
+    zero_generation(ns, e);
+    if (e->state == MKV_EXTENT_LIVE) {
+        struct mkv_slot slot = {.generation = (uint32_t)e->generation,
+                                .length = e->length,
+                                .location = mkv_cell_location(ns, e->cell)};
+        memcpy(slot.key, e->key, sizeof slot.key);
+        mkv_ns_change(ns, &slot);
+    }
+    if (e->pins)
+        mkv_cell_pin(ns, e->cell, e->pins, e->until);
+    leave(ns, e);
+}
+
+void mkv_extent_io_begin(struct mkv_ns *ns, struct mkv_extent *e, uint16_t number) {
+    e->op = (uint16_t)(number + 1);
+    mkv_slab_of(ns, e)->io++;
+}
+
+void mkv_extent_io_end(struct mkv_ns *ns, struct mkv_extent *e) {
+    struct mkv_slab *s = mkv_slab_of(ns, e);
+    e->op = 0;
+    s->io--;
+    if (e->state == MKV_EXTENT_BUSY) {
+        e->state = MKV_EXTENT_FREE;
+        mkv_list_push_head(&s->cls->free, e);
+    }
 }
 
 /* Frees what has served its time. The tick calls it after it has advanced the epoch. */
@@ -102,7 +154,11 @@ void mkv_quarantine_release(struct mkv_ns *ns, struct mkv_class *c) {
     while (c->quarantine.head && c->quarantine.head->until <= ns->epoch) {
         struct mkv_extent *e = c->quarantine.head;
         mkv_list_unlink(&c->quarantine, e);
-        e->state = MKV_EXTENT_FREE;
-        mkv_list_push_head(&c->free, e);
+        if (e->op) {
+            e->state = MKV_EXTENT_BUSY;
+        } else {
+            e->state = MKV_EXTENT_FREE;
+            mkv_list_push_head(&c->free, e);
+        }
     }
 }

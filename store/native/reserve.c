@@ -52,7 +52,7 @@ static int evict_one(struct mkv_ns *ns, struct mkv_class *c) {
         return 0;
     ns->n.evictions++;
     ns->n.evicted_bytes += e->length;
-    mkv_unpublish(ns, e);
+    mkv_evict(ns, e);
     return 1;
 }
 

@@ -130,7 +130,14 @@ void mkv_slab_retire_locked(struct mkv_ns *ns, struct mkv_slab *s) {
         struct mkv_extent *e = &s->extent[i];
         switch (e->state) {
         case MKV_EXTENT_LIVE:
-            mkv_unpublish(ns, e);
+        case MKV_EXTENT_STAGED:
+            if (e->write == MKV_CLEAN)
+                mkv_evict(ns, e);
+            else /* the slab waits until it is on flash */
+                mkv_flash_hasten(ns, e);
+            break;
+        case MKV_EXTENT_BUSY:
+            e->state = MKV_EXTENT_DEAD;
             break;
         case MKV_EXTENT_FREE:
             mkv_list_unlink(&c->free, e);

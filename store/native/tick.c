@@ -1,4 +1,5 @@
 /* tick.c: what happens to a namespace every quarter of its grace period. The timer in arena.c calls it. */
+#include "flash.h"
 #include "ns.h"
 
 #include "arena.h"
@@ -16,6 +17,8 @@ uint32_t mkv_chores_locked(struct mkv_ns *ns) {
         for (const struct mkv_slab *s = ns->slabs; s; s = s->next)
             if (s->state == MKV_SLAB_RETIRED)
                 chores |= MKV_CHORE_RETIRE;
+    if (ns->flash && mkv_flash_wants(ns))
+        chores |= MKV_CHORE_SEGMENT;
     return chores;
 }
 
@@ -38,14 +41,18 @@ void mkv_ns_tick_now(struct mkv_ns *ns) {
         mkv_quarantine_release(ns, &ns->cls[i]);
     if (ns->retiring)
         for (struct mkv_slab *s = ns->slabs; s; s = s->next)
-            if (s->state == MKV_SLAB_RETIRING && s->until <= ns->epoch && !s->filling)
+            if (s->state == MKV_SLAB_RETIRING && s->until <= ns->epoch && !s->filling && !s->io && !s->live)
                 s->state = MKV_SLAB_RETIRED;
     mkv_pins_expire(ns, EXPIRE_PER_TICK);
     for (uint32_t i = 0; i < ns->nclasses; i++)
         mkv_class_tick(ns, &ns->cls[i]);
+    if (ns->flash)
+        mkv_flash_tick(ns);
     uint32_t chores = mkv_chores_locked(ns);
     __atomic_store_n(&ns->ticked_ns, mkv_now_ns(), __ATOMIC_RELAXED);
     pthread_mutex_unlock(&ns->lock);
     if (chores)
         mkv_arena_signal(ns->arena);
+    if (ns->flash)
+        mkv_flash_ticked(ns);
 }

@@ -95,7 +95,7 @@ class Room:
         lib.mkv_ns_slab_ready(self.ns, span.id)
         return int(span.id)
 
-    def start(self, channel: FakeChannel, n: int, seconds: float, credit: int = 1 << 20) -> Any:
+    def start(self, channel: FakeChannel, n: int, seconds: float, credit: int = 1 << 20, durable: int = 0) -> Any:
         """Readies the job for n blocks; returns the statuses as they will be."""
         channel.places = self.places
         status = np.zeros(n, np.uint8)
@@ -110,7 +110,7 @@ class Room:
         self.pointers = [*pointers, ffi.NULL, ffi.from_buffer("uint8_t[]", status)]
         until = jobs.now_ns() + int(seconds * 1e9)
         lib.mkv_putjob_init(
-            self.job, self.ns, ffi.cast("void *", channel.ch), *self.pointers, n, credit, until
+            self.job, self.ns, ffi.cast("void *", channel.ch), *self.pointers, n, credit, until, durable
         )
         return status
 
