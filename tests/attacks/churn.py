@@ -1,8 +1,9 @@
-"""The processes of the attacks: a node, writers and readers, each ``python -m tests.attacks.churn ROLE JSON``.
+"""The processes of the attacks: a node, writers, readers; ``python -m tests.attacks.churn ROLE JSON``.
 
-They meet in a file (:class:`Board`) where, for every block, the writer that owns it notes how often it has begun to
-put it, and below which put number nothing can be seen any more. A process prints one line of JSON when it is ready;
-it takes commands on stdin, one a line, and answers each with one line. At the end of stdin it ends.
+They meet in a file (:class:`Board`) where, for every block, the writer that owns it notes how often it has
+begun to put it, and below which put number nothing can be seen any more. A process prints one line of JSON
+when it is ready; it takes commands on stdin, one a line, and answers each with one line. At the end of stdin
+it ends.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def node(spec: dict[str, Any]) -> None:
                 say(done=True)
             elif command["do"] == "stats":
                 space = thread.node.namespaces.by_name.get(NAMESPACE)
-                stats = dict(space.stats()) if space else {}
+                stats: dict[str, Any] = dict(space.stats()) if space else {}
                 stats["check"] = store_lib.mkv_ns_check(space.ns) if space else 0
                 stats["rounds"] = flip.rounds if flip else 0
                 stats["puts_by_status"] = thread.node.counters.put_statuses()
@@ -177,8 +178,8 @@ def node(spec: dict[str, Any]) -> None:
 
 
 class Flip:
-    """The fastest writer there can be: a thread of the node's own that fills the one extent of its arena, publishes it as
-    block 0, takes it away after a random time, and fills it again as soon as it is free.
+    """The fastest writer there can be: a thread of the node's own that fills the one extent of its arena,
+    publishes it as block 0, takes it away after a random time, and fills it again as soon as it is free.
 
     :param nbytes: of the block. :param live: (shortest, longest) time for which it is published, seconds.
     :param cut: breaks the quarantine: five ticks at once, so that the extent is free without having waited.
@@ -245,7 +246,8 @@ def read(spec: dict[str, Any]) -> None:
     """
     board = Board(spec["board"], spec["blocks"])
     rng = np.random.default_rng(spec["seed"])
-    commands, counts, wrong = Commands(), np.zeros(256, np.int64), []
+    commands, counts = Commands(), np.zeros(256, np.int64)
+    wrong: list[str] = []
     with connect(spec, strict=spec["strict"]) as peer:
         batches = Batches([Sort(*s) for s in spec["sorts"]], peer)
         say(ready=True)
@@ -268,7 +270,7 @@ def read(spec: dict[str, Any]) -> None:
             wrong=wrong,
             wrong_count=int(counts[255]),
             gets=int(counts[[Status.HIT, Status.MISS, Status.STALE]].sum()),
-            statuses={Status(i).name: int(counts[i]) for i in np.flatnonzero(counts[:255])},
+            statuses={Status(int(i)).name: int(counts[i]) for i in np.flatnonzero(counts[:255])},
             outdated=stats.get("stale", 0),
             cached=stats.get("cached", 0),
             reconnects=stats["reconnects"],
@@ -278,8 +280,8 @@ def read(spec: dict[str, Any]) -> None:
 def write(spec: dict[str, Any]) -> None:
     """Puts and deletes as fast as it can.
 
-    ``hasty``: puts with timeouts of a fraction of what they take, and overwrites the sources as soon as it is told that
-    they timed out; then looks whether the blocks are there: whole and old, or not at all.
+    ``hasty``: puts with timeouts of a fraction of what they take, and overwrites the sources as soon as it is
+    told that they timed out; then looks whether the blocks are there: whole and old, or not at all.
     """
     board = Board(spec["board"], spec["blocks"])
     rng = np.random.default_rng(spec["seed"])
@@ -330,7 +332,7 @@ def write(spec: dict[str, Any]) -> None:
                 time.sleep(0.01)
     peer.close()
     say(
-        statuses={Status(i).name: int(counts[i]) for i in np.flatnonzero(counts)},
+        statuses={Status(int(i)).name: int(counts[i]) for i in np.flatnonzero(counts)},
         deleted=deleted,
         late=late,
         wrong=wrong,

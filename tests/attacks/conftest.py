@@ -27,7 +27,7 @@ class Child:
     def __init__(self, role: str, spec: dict[str, Any]) -> None:
         self.role = role
         self.stops = 0
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in reap
         self._rest = b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.attacks.churn", role, json.dumps(spec)],

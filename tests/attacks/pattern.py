@@ -2,10 +2,10 @@
 
     word i of put n of key k  =  (mix(k) ^ n · ODD)  +  i · STEP        (modulo 2⁶⁴)
 
-From word 0 of what was received the put number comes back, if the block belongs to the key; all other words have to
-agree with it. Two different fills differ in every word, so that one word of the other is enough to give a mixture
-away: any two of the words that are looked at must not come from two fills. What is looked at: every word of a block
-of up to 16 KiB, the first of each cache line and the last one of a longer block.
+From word 0 of what was received the put number comes back, if the block belongs to the key; all other words
+have to agree with it. Two fills differ in every word, so that a single word of another one is noticed, if it
+is looked at: every word of a block of up to 16 KiB is; of a longer one the first of each cache line, and the
+last.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class Ramp:
     def judge(self, got: Words, ids: Ids, floor: Counts, begun: Counts) -> list[str]:
         """What is wrong with blocks that were accepted, one line each; [] if nothing is.
 
-        :param got: (n, words). :param floor: puts below it were out of sight, and that was acknowledged, before the get
-            was called. :param begun: puts above it had not been asked for when the get had returned.
+        :param got: (n, words).
+        :param floor: puts below it were out of sight, and acknowledged so, before the get was called.
+        :param begun: puts above it had not been asked for when the get had returned.
         """
         first = got[:, 0].copy()
         puts = (first ^ first_words(ids, np.zeros(len(ids), np.uint32))) * ODD_INVERSE

@@ -1,14 +1,15 @@
 """The attack on "nothing is handed back too early".
 
-A get that runs out of time has READs under way into the caller's memory. Its statuses may only be returned when no
-device can write there any more. So: deadlines of a fraction of what a batch needs, again and again; as soon as the call
-returns the memory is filled with a canary; later not one byte of the canary may have changed. Likewise with a node that
-is stopped, or killed, in the middle of a get.
+A get that runs out of time has READs under way into the caller's memory. Its statuses may only be returned
+when no device can write there any more. So: deadlines of a fraction of what a batch needs, again and again;
+as soon as the call returns the memory is filled with a canary; later not one byte of the canary may have
+changed. Likewise with a node that is stopped, or killed, in the middle of a get.
 
-A put that runs out of time has the node's READs under way, on one side into an extent of the node's, on the other out of
-the caller's memory. So: sources that are overwritten by poison as soon as the put is given up, peers that are stopped in
-the middle of a put, in an arena so small that an extent which is given back is filled for somebody else at once. Other
-peers' blocks have to stay what they are, and poison may never be seen.
+A put that runs out of time has the node's READs under way, on one side into an extent of the node's, on the
+other out of the caller's memory. So: sources that are overwritten by poison as soon as the put is given up,
+peers that are stopped in the middle of a put, in an arena so small that an extent which is given back is
+filled for somebody else at once. Other peers' blocks have to stay what they are, and poison may never be
+seen.
 
 Both are also carried out by a caller who does what memkv must not do, as proof that it would be noticed.
 """
@@ -75,8 +76,8 @@ class Victim:
         return time.monotonic() - started
 
     def get(self, timeout: float) -> Any:
-        """A get into one of two buffers, which then is a canary. The other one, a canary since the last get, has to
-        be one still."""
+        """A get into one of two buffers, which then is a canary. The other one, a canary since the last get,
+        has to be one still."""
         memory, self._side = self.memory[self._side], 1 - self._side
         slices = self.slices[1 - self._side]
         started = time.monotonic()
@@ -100,7 +101,7 @@ class Victim:
         self.look(1)
 
     def statuses(self) -> dict[str, int]:
-        return {Status(i).name: int(self.counts[i]) for i in np.flatnonzero(self.counts)}
+        return {Status(int(i)).name: int(self.counts[i]) for i in np.flatnonzero(self.counts)}
 
 
 @contextlib.contextmanager
@@ -310,7 +311,7 @@ def test_thousands_of_puts_that_were_given_up_leave_no_trace(
 def test_a_source_that_changes_before_its_put_has_ended_is_found_out(
     start: Start, tmp_path: Path, fabric_name: str, report: Report
 ) -> None:
-    """The proof: poison, or a mixture with it, is seen if the source is overwritten while the node still pulls."""
+    """The proof: poison, or a mixture with it, is seen if the source is overwritten while it is pulled."""
     config = {"fabric": fabric_name, "memory": 64 * MIB, "slab_bytes": 8 * MIB, "block_bytes": 4 * MIB}
     node = start("node", {"config": config, "board": str(tmp_path / "board")})
     found: list[str] = []

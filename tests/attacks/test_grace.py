@@ -1,16 +1,17 @@
 """The attack on "one READ, one clock": not one wrong byte may be accepted.
 
-The argument stands at the heads of memkv/native/get.c and store/native/quarantine.c. Here a node with far too little
-memory and a grace period of milliseconds is written to at full speed, with evictions and deletions, and two peers read
-all the while. One goes by its clock; the other is strict and its clock stands still. Both are stopped for longer than
-the grace period again and again. Every block that they accept has to be one whole put of its key, and none that had
-been out of sight, and acknowledged so, before the get was called.
+The argument stands at the heads of memkv/native/get.c and store/native/quarantine.c. Here a node with far too
+little memory and a grace period of milliseconds is written to at full speed, with evictions and deletions,
+and two peers read all the while. One goes by its clock; the other is strict and its clock stands still. Both
+are stopped for longer than the grace period again and again. Every block that they accept has to be one whole
+put of its key, and none that had been out of sight, and acknowledged so, before the get was called.
 
-On tcp neither a reader's clock nor the epoch is asked: each response carries the responder's own times of its first
-and last byte. So there the frozen clock changes nothing, and what can go wrong is a response that stalls half-way.
+On tcp neither a reader's clock nor the epoch is asked: each response carries the responder's own times of its
+first and last byte. So there the frozen clock changes nothing, and what can go wrong is a response that
+stalls half-way.
 
-The second half proves that the attack would find something: without the time check, with a frozen clock in plain mode,
-with the quarantine cut short, wrong bytes are accepted, and seen.
+The second half proves that the attack would find something: without the time check, with a frozen clock in
+plain mode, with the quarantine cut short, wrong bytes are accepted, and seen.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ BLOCKS = 1056
 def attack(
     start: Start, tmp_path: Path, fabric: str, grace_ms: int, gets: int, seconds: float
 ) -> dict[str, Any]:
-    """Runs until ``gets`` blocks have been looked at by either reader, or for ``seconds``; what everybody reports."""
+    """Until each reader has looked at ``gets`` blocks, or for ``seconds``; what everybody reports."""
     board = Board(tmp_path / "board", BLOCKS)
     config = {
         "fabric": fabric,
         "grace_ms": grace_ms,
-        "memory": 12 * MIB,
+        "memory": 9 * MIB,
         "slab_bytes": MIB,
         "block_bytes": 256 * KIB,
         "align": 512,
@@ -56,7 +57,7 @@ def attack(
         "sorts": SORTS,
     }
     writers = [
-        start("write", {**common, "seed": i, "share": i, "shares": 2, "delete": 0.3, "hasty": False})
+        start("write", {**common, "seed": i, "share": i, "shares": 2, "delete": 0.2, "hasty": False})
         for i in range(2)
     ]
     plain = start("read", {**common, "seed": 10, "place": 0, "strict": False, "test": ""})
@@ -108,14 +109,14 @@ def test_no_wrong_byte_under_churn(
     start: Start, tmp_path: Path, fabric_name: str, report: Callable[..., None]
 ) -> None:
     gets = {"tcp": 100_000, "verbs": 20_000}[fabric_name]
-    verdict(attack(start, tmp_path, fabric_name, GRACE_MS[fabric_name], gets, 30), report)
+    verdict(attack(start, tmp_path, fabric_name, GRACE_MS[fabric_name], gets, 20), report)
 
 
 @pytest.mark.slow
 def test_no_wrong_byte_in_a_long_churn(
     start: Start, tmp_path: Path, fabric_name: str, report: Callable[..., None]
 ) -> None:
-    """A million blocks by each reader over tcp, a hundred thousand over verbs: a minute or two, ten at most."""
+    """A million blocks by each reader over tcp, a hundred thousand over verbs: minutes, ten at most."""
     gets = {"tcp": 1_000_000, "verbs": 100_000}[fabric_name]
     result = attack(start, tmp_path, fabric_name, GRACE_MS[fabric_name], gets, 600)
     verdict(result, report)
@@ -128,7 +129,9 @@ BIG = 24 * MIB
 
 
 class Duel:
-    """One reader against :class:`~tests.attacks.churn.Flip`, over a single large block in an arena that holds no other."""
+    """One reader against :class:`~tests.attacks.churn.Flip`, over a single large block in an arena that holds
+    no other.
+    """
 
     def __init__(
         self,
@@ -171,13 +174,13 @@ class Duel:
         self.node.ask(do="flip", **{"with": {"nbytes": BIG, "live": (0.0, 0.06), "cut": cut}})
 
     def run(self, seconds: float) -> dict[str, Any]:
-        """Until the reader has accepted wrong bytes, at most ``seconds``. Over tcp it is stopped again and again, since a
-        response over a loopback socket is quick unless nobody takes it."""
+        """Until the reader has accepted wrong bytes, at most ``seconds``. Over tcp it is stopped again and
+        again, since a response over a loopback socket is quick unless nobody takes it."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.reader.running:
             time.sleep(random.uniform(0.005, 0.03))
             if self.fabric == "tcp":
-                self.reader.pause(0.05)
+                self.reader.pause(min(max(0.05, 2 * self.grace), 0.15))
         result = self.reader.end()
         result["rounds"] = self.node.ask(do="stats")["rounds"]
         return result
@@ -205,7 +208,7 @@ def test_with_a_frozen_clock_a_plain_reader_accepts_wrong_bytes(
 def test_with_the_quarantine_cut_short_wrong_bytes_are_accepted(
     start: Start, tmp_path: Path, fabric_name: str, report: Callable[..., None]
 ) -> None:
-    """Every check of the reader's is in force, and its READs are in time: it is the node that breaks its word."""
+    """Every check of the reader's is in force, its READs are in time: the node breaks its word."""
     found(Duel(start, tmp_path, fabric_name, grace_ms=4000, cut=True).run(60), report)
 
 
@@ -215,9 +218,12 @@ def test_with_the_quarantine_cut_short_wrong_bytes_are_accepted(
 def test_with_all_checks_the_same_duel_is_safe(
     start: Start, tmp_path: Path, fabric_name: str, strict: bool, test: str, report: Callable[..., None]
 ) -> None:
-    duel = Duel(start, tmp_path, fabric_name, grace_ms=10, strict=strict, test=test, until_wrong=False)
+    """Over tcp with a grace period that a response may well keep, so that there is also something to accept."""
+    grace_ms = {"tcp": 60, "verbs": 10}[fabric_name]
+    duel = Duel(start, tmp_path, fabric_name, grace_ms=grace_ms, strict=strict, test=test, until_wrong=False)
     result = duel.run(4)
     report(**result)
     assert not result["wrong"]
     assert result["outdated"] > 0, "nothing was ever refused"
+    assert result["statuses"].get("HIT", 0) > 0 or fabric_name == "verbs"
     assert result["rounds"] > 0
