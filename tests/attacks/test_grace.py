@@ -218,7 +218,7 @@ def test_with_the_quarantine_cut_short_wrong_bytes_are_accepted(
 def test_with_all_checks_the_same_duel_is_safe(
     start: Start, tmp_path: Path, fabric_name: str, strict: bool, test: str, report: Callable[..., None]
 ) -> None:
-    """Over tcp with a grace period that a response may well keep, so that there is also something to accept."""
+    """Over tcp with a grace period that a response may keep, so that there is also something to accept."""
     grace_ms = {"tcp": 60, "verbs": 10}[fabric_name]
     duel = Duel(start, tmp_path, fabric_name, grace_ms=grace_ms, strict=strict, test=test, until_wrong=False)
     result = duel.run(4)
