@@ -223,10 +223,11 @@ class Flip:
 
 
 def connect(spec: dict[str, Any], **options: Any) -> Peer:
-    deadline = time.monotonic() + 20
+    """Patiently: on an emulated machine everybody starts at once, and slowly."""
+    deadline = time.monotonic() + 60
     while True:
         try:
-            return memkv.connect(spec["address"], NAMESPACE, fabric=spec["fabric"], **options)
+            return memkv.connect(spec["address"], NAMESPACE, fabric=spec["fabric"], timeout=15.0, **options)
         except MemKVError:
             if time.monotonic() > deadline:
                 raise

@@ -305,7 +305,7 @@ def test_thousands_of_puts_that_were_given_up_leave_no_trace(
     start: Start, tmp_path: Path, fabric_name: str, report: Report
 ) -> None:
     """Two minutes at most."""
-    sources_were_safe(put_attack(start, tmp_path, fabric_name, seconds=120, wanted=20_000), report)
+    sources_were_safe(put_attack(start, tmp_path, fabric_name, seconds=120, wanted=4_000), report)
 
 
 def test_a_source_that_changes_before_its_put_has_ended_is_found_out(
