@@ -30,6 +30,7 @@ from .status import Status
 from .touches import Touches
 
 ATTEMPTS = 3  # rounds of a batch that keeps meeting slabs for the first time
+STAGINGS = 4  # requests for a key that is evicted again before it is READ
 SLACK = 2.0  # seconds that a node may take to say that it is too late
 
 Route = Callable[[Keys], list[tuple[Link, Index]]]
@@ -58,8 +59,10 @@ class Gets:
             raise LocalError("the peer is closed")
         until = time.monotonic() + seconds
         cold = self._read(batch, self._parts(batch), until)
-        if cold:
-            self._stage(batch, cold, until)
+        for _ in range(STAGINGS):
+            if cold:
+                cold = self._stage(batch, cold, until)
+        batch.replace(Status.COLD, Status.STALE)
         self._note_hits(batch)
         return batch
 
@@ -121,8 +124,12 @@ class Gets:
                 session.pool.forgo(future)
         return unknown
 
-    def _stage(self, batch: Batch, cold: Parts, until: float) -> None:
-        """Has the nodes bring keys into memory, and READs them as the answers come in."""
+    def _stage(self, batch: Batch, cold: Parts, until: float) -> Parts:
+        """Has the nodes bring keys into memory, and READs them as the answers come in.
+
+        :returns: those that were evicted again before they were READ.
+        """
+        again: Parts = []
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         open_requests = _request(batch, cold, until, answers.put)
         while open_requests:
@@ -136,8 +143,10 @@ class Gets:
             open_requests -= sum(answer.last for answer in taken)
             ready = [part for answer in taken if (part := learn(batch, answer)) is not None]
             if ready:
-                self._read(batch, ready, until)
-        batch.replace(Status.COLD, Status.TIMEOUT if open_requests else Status.STALE)
+                again += self._read(batch, ready, until)
+        if open_requests:
+            batch.replace(Status.COLD, Status.TIMEOUT)
+        return [] if open_requests else again
 
     # --- on the control thread ---
 
@@ -145,8 +154,10 @@ class Gets:
         """The same as :meth:`run`, driven by the progress thread."""
         until = time.monotonic() + seconds
         cold = await self._read_async(batch, self._parts(batch), until)
-        if cold:
-            await self._stage_async(batch, cold, until)
+        for _ in range(STAGINGS):
+            if cold:
+                cold = await self._stage_async(batch, cold, until)
+        batch.replace(Status.COLD, Status.STALE)
         self._note_hits(batch)
         return batch
 
@@ -181,7 +192,8 @@ class Gets:
             return
         await self._control.drive(batch.load(session, channel, index, until - time.monotonic()))
 
-    async def _stage_async(self, batch: Batch, cold: Parts, until: float) -> None:
+    async def _stage_async(self, batch: Batch, cold: Parts, until: float) -> Parts:
+        again: Parts = []
         answers: asyncio.Queue[Answer] = asyncio.Queue()
         open_requests = _request(batch, cold, until, answers.put_nowait)
         while open_requests:
@@ -194,8 +206,10 @@ class Gets:
             open_requests -= sum(answer.last for answer in taken)
             ready = [part for answer in taken if (part := learn(batch, answer)) is not None]
             if ready:
-                await self._read_async(batch, ready, until)
-        batch.replace(Status.COLD, Status.TIMEOUT if open_requests else Status.STALE)
+                again += await self._read_async(batch, ready, until)
+        if open_requests:
+            batch.replace(Status.COLD, Status.TIMEOUT)
+        return [] if open_requests else again
 
     # --- afterwards ---
 
