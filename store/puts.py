@@ -127,9 +127,8 @@ class PutEngine:
             ffi.from_buffer("uint64_t[]", columns.checksums) if columns.checksums else ffi.NULL,
             ffi.from_buffer("uint8_t[]", status, require_writable=True),
         ]
-        lib.mkv_putjob_init(
-            pull.job, ns, ffi.cast("void *", pull.endpoint.channel), *parts, n, credit, put.deadline_ns
-        )
+        channel, durable = ffi.cast("void *", pull.endpoint.channel), columns.durability == "flash"
+        lib.mkv_putjob_init(pull.job, ns, channel, *parts, n, credit, put.deadline_ns, durable)
         pull.busy = True
         pull.idle.clear()
         self.under_way += 1
