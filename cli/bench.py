@@ -76,12 +76,18 @@ def mixed(put_share: float, **flags: Any) -> int:
 @click.option(
     "--rounds", type=click.IntRange(1), default=7, help="Turns that the calls are divided into. [7]"
 )
-def latency(size: int, calls: int, rounds: int, as_json: bool, **flags: Any) -> int:
-    """One block at a time, and what Python adds to a call."""
+@click.option(
+    "--cpu-seconds",
+    type=click.FloatRange(0.01),
+    default=2.0,
+    help="Of processor time, for each batch size where it is counted. [2]",
+)
+def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: bool, **flags: Any) -> int:
+    """One block at a time; what Python adds to a call, and what a get costs the processor."""
     from .latency import run
 
     memory = flags.pop("memory") or 0
-    return _finish(*run(wish(flags), memory, size, calls, rounds), as_json=as_json)
+    return _finish(*run(wish(flags), memory, size, calls, rounds, cpu_seconds), as_json=as_json)
 
 
 @main.command()

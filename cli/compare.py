@@ -15,16 +15,15 @@ import numpy as np
 from .report import Row, Steps
 from .sample import Sample
 
-LIMIT, PERFTEST = "limit", "perftest"
+LIMIT, PERFTEST, REDIS = "limit", "perftest", "redis"
 
 
 @dataclass(slots=True)
 class Contestant:
     """Something that is run once a round.
 
-    ``names``: of the samples that ``run`` returns, one row each. ``role``: LIMIT and PERFTEST are what others
-    are divided by. ``run`` may return None with a reason in ``note``: then it has no figure and is not run
-    again.
+    ``names``: of the samples that ``run`` returns, one row each. ``role``: LIMIT, PERFTEST and REDIS are what
+    others are divided by. ``run`` may return a reason instead: then it has no figure and is not run again.
     """
 
     names: tuple[str, ...]
@@ -75,13 +74,15 @@ def _row(c: Contestant, index: int, size: int, by_role: dict[str, list[float]]) 
         row.note = f"{total.wrong} blocks with wrong bytes"
     elif total.first_error:
         row.note = total.first_error
-    limits, perftests = by_role.get(LIMIT, []), by_role.get(PERFTEST, [])
-    if limits:
-        row.limit_gbps = median(limits)
-        row.ratio = median_ratio(rates, limits)
-    if perftests:
-        row.extra["perftest_gbps"] = median(perftests)
-        row.extra["perftest_ratio"] = median_ratio(rates, perftests)
+    for role, others in by_role.items():
+        if not others:
+            continue
+        if role == LIMIT:
+            row.limit_gbps = median(others)
+            row.ratio = median_ratio(rates, others)
+        else:
+            row.extra[f"{role}_gbps"] = median(others)
+            row.extra[f"{role}_ratio"] = median_ratio(rates, others)
     return row
 
 

@@ -1,5 +1,5 @@
-"""The command latency: one block at a time, inside the C call and from Python, and what Python adds to a
-call.
+"""The command latency: one block at a time, inside the C call and from Python, what Python adds to a call,
+and what a get costs the processor (:mod:`memkv.cli.cpu`).
 
 "In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. "From
 Python" is the whole call of ``get_into``. The difference is what Python adds.
@@ -20,11 +20,11 @@ from ..peer import Peer
 from ..rdma.devices import Selection
 from ..rdma.errors import MemKVError
 from ..status import FIRST_ERROR, Status
-from . import pattern, perftest
+from . import cpu, pattern, perftest
 from .cluster import Wish
 from .compare import median_ratio
 from .lanes import TIMEOUT, Lane
-from .limits import BareReads
+from .limits import Limit
 from .report import Row, Steps
 from .rig import LimitHolder, Options, Rig, heading, open_nodes, rail
 from .sample import Keys
@@ -33,6 +33,7 @@ BATCHES = (1, 64, 1024)  # for what Python adds
 NOTES = (
     "µs of one call, in C; ratio: p50 to the bare loop's in the same round, median over rounds.",
     "python adds: whole call less its time in C, medians of each batch size.",
+    "cpu: of the thread that gets, by getrusage; user time is ours, C and Python. Waiting is asleep here.",
 )
 
 
@@ -95,7 +96,7 @@ class Calls:
 
 
 def run(
-    wish: Wish, memory: int, size: int, calls: int, rounds: int
+    wish: Wish, memory: int, size: int, calls: int, rounds: int, cpu_seconds: float
 ) -> tuple[dict[str, Any], list[Row], list[str]]:
     """Heading, rows and notes."""
     blocks = max(BATCHES)
@@ -109,23 +110,23 @@ def run(
         memory=memory,
     )
     each = max(2, calls // rounds)
-    with Steps(2 * rounds) as steps, LimitHolder(options) as holder:
+    with Steps(3 * rounds) as steps, LimitHolder(options) as holder:
         steps.now("starting")
         with open_nodes(options, size) as nodes, Rig(nodes, options, size) as rig:
             head = heading(rig.peer, rig.load.lanes[0].memory)
             limit = holder.open(rig.peer)
             rig.prepare()
-            bare = _bare(limit, size, each) if isinstance(limit, BareReads) else None
+            bare = _bare(limit, size, each)
             device = rail(rig.peer)
             cached, cold = Calls("get cached"), Calls("get cold", fresh=True)
             adds = [Calls(f"python adds to {n}", batch=n) for n in BATCHES]
+            costs = [cpu.Cost(n) for n in cpu.BATCHES]
             bares: list[list[float]] = []
             tools: list[perftest.Outcome] = []
             lane = rig.load.lanes[0]
             for _ in range(rounds):
                 steps.now("one block at a time")
-                if bare is not None:
-                    bares.append(bare())
+                bares.append(bare())
                 if device is not None and not (tools and tools[-1].value is None):
                     tools.append(_tool(device, size, each))
                 cached.add(rig.peer, lane, each)
@@ -136,16 +137,21 @@ def run(
                 for kind in adds:
                     kind.add(rig.peer, lane, max(2, each // (1 if kind.batch == 1 else 4)))
                 steps.done()
+            with cpu.asleep():
+                for _ in range(rounds):
+                    steps.now("processor time")
+                    for cost in costs:
+                        cost.add(rig.peer, lane, cpu_seconds / rounds)
+                    steps.done()
             rig.clean()
-    rows = _rows(size, bares, tools, [cached, cold])
+    rows = _rows(limit.what, size, bares, tools, [cached, cold])
     rows += [_added(size, kind) for kind in adds]
-    if limit.what != "bare":
-        rows[0].note = "the bare loop of single READs exists over verbs only"
+    rows += cpu.rows(size, costs)
     return head, rows, list(NOTES)
 
 
-def _bare(limit: BareReads, size: int, count: int) -> Callable[[], list[float]]:
-    """Single READs, spinning or sleeping, whichever is quicker here."""
+def _bare(limit: Limit, size: int, count: int) -> Callable[[], list[float]]:
+    """Single blocks, spinning or sleeping, whichever is quicker here."""
 
     def once(events: bool) -> list[float]:
         return [ns / 1000 for ns in limit.latency(size, count, events=events).tolist()]
@@ -166,13 +172,13 @@ def _flat(rounds: list[list[float]]) -> Any:
 
 
 def _rows(
-    size: int, bares: list[list[float]], tools: list[perftest.Outcome], kinds: list[Calls]
+    limit: str, size: int, bares: list[list[float]], tools: list[perftest.Outcome], kinds: list[Calls]
 ) -> list[Row]:
     rows: list[Row] = []
     limits = [median(r) for r in bares]
     tool = [t.value for t in tools if t.value is not None]
     if bares:
-        rows.append(Row(what="bare", size=size, batch=1, times_us=_flat(bares), ratio=1.0))
+        rows.append(Row(what=limit, size=size, batch=1, times_us=_flat(bares), ratio=1.0))
     if tools:
         row = Row(what="ib_read_lat", size=size, batch=1, note=tools[-1].note)
         if tool:

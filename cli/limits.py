@@ -13,6 +13,7 @@ does nothing else. Over verbs it is passive (the device serves); over tcp it has
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -72,6 +73,10 @@ class Limit(ABC):
     def gbps(self, size: int, nbytes: int) -> float:
         """GB/s of one run."""
         return self.moved(size, nbytes) / self.run(size, nbytes)
+
+    @abstractmethod
+    def latency(self, size: int, count: int, *, events: bool) -> npt.NDArray[np.uint64]:
+        """Nanoseconds of ``count`` blocks, one at a time."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -186,8 +191,12 @@ class BareReads(Limit):
 # --- tcp ---
 
 
+REQUEST_BYTES = 32  # about what a READ is asked for with
+
+
 def _senders(pipe: Connection, port: int, nbytes: int, streams: int) -> None:
-    """The sending process: for each (size, bytes) that comes over the pipe, so much over every socket."""
+    """The sending process: for each (size, bytes) that comes over the pipe, so much over every socket; for a
+    (size, -count), blocks one by one, each when it is asked for."""
     memory = HostMemory(nbytes)
     memory.array[:] = 1
     data = ffi.cast("void *", memory.address)
@@ -197,12 +206,24 @@ def _senders(pipe: Connection, port: int, nbytes: int, streams: int) -> None:
     pipe.send("connected")
     while True:
         size, total = pipe.recv()
+        if total < 0:
+            _answer(socks[0], memory, size, -total)
+            continue
         args = [(sock.fileno(), data, memory.nbytes, size, total) for sock in socks]
         threads = [threading.Thread(target=lib.mkv_bare_send, args=a) for a in args]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+
+
+def _answer(sock: socket.socket, memory: HostMemory, size: int, count: int) -> None:
+    view, request = memory.array.data, bytearray(REQUEST_BYTES)
+    places = max(1, memory.nbytes // size)
+    for i in range(count):
+        if sock.recv_into(request, REQUEST_BYTES, socket.MSG_WAITALL) < REQUEST_BYTES:
+            return
+        sock.sendall(view[i % places * size :][:size])
 
 
 class BareSockets(Limit):
@@ -245,6 +266,22 @@ class BareSockets(Limit):
         if ns < 0:
             raise DeviceError("the bare socket loop failed", -ns)
         return min(ns, time.monotonic_ns() - start)
+
+    def latency(self, size: int, count: int, *, events: bool) -> npt.NDArray[np.uint64]:
+        """Nanoseconds of ``count`` single blocks: a request and its answer over one socket, by Python at both
+        ends (which adds about a microsecond to each)."""
+        sock, request = self._socks[0], bytes(REQUEST_BYTES)
+        into = self._memory.array.data[:size]
+        out = np.zeros(count, np.uint64)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._child.pipe.send((size, -count))
+        for i in range(count):
+            start = time.perf_counter_ns()
+            sock.send(request)
+            if sock.recv_into(into, size, socket.MSG_WAITALL) < size:
+                raise DeviceError("the bare loop of single blocks over a socket failed", errno.ECONNRESET)
+            out[i] = time.perf_counter_ns() - start
+        return out
 
     def close(self) -> None:
         for sock in self._socks:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from ..rdma.devices import Selection
-from . import perftest
-from .compare import LIMIT, PERFTEST, Contestant, contest
+from . import perftest, redis
+from .compare import LIMIT, PERFTEST, REDIS, Contestant, contest
 from .limits import Limit
 from .report import Row, Steps, size_text
 from .rig import LimitHolder, Options, Rig, heading, open_nodes, rail
@@ -34,7 +35,11 @@ def run(kind: str, options: Options, put_share: float = 0.1) -> tuple[dict[str, 
                 head[f"limit {size_text(size)}"] = f"{limit.what}: {limit.calibrate(size)}"
                 rig.prepare()
                 field = _field(kind, rig, limit, put_share)
-                rows += contest(field, size=size, rounds=options.rounds, steps=steps)
+                with contextlib.ExitStack() as beside:
+                    if kind == "limit" and rig.peer.fabric is not None and rig.peer.fabric.name == "tcp":
+                        steps.now(f"{size_text(size)}: filling Redis")
+                        field[1:1] = _redis(rig, beside)
+                    rows += contest(field, size=size, rounds=options.rounds, steps=steps)
                 rig.clean()
     if options.verify:
         notes.append(
@@ -84,6 +89,19 @@ def _bare(limit: Limit, size: int, seconds: float, working_set: int) -> Any:
         return [sample]
 
     return run
+
+
+def _redis(rig: Rig, beside: contextlib.ExitStack) -> list[Contestant]:
+    """GETs from a Redis of our own, which ends with ``beside``; or the reason why there is none."""
+    name, reason = ("redis GET, pipelined",), redis.available()
+    if reason:
+        return [Contestant(name, lambda: reason, role=REDIS, counts=False)]
+    batch, seconds = rig.plan.batch, rig.options.slot_seconds
+    server = beside.enter_context(redis.Redis(rig.plan))
+    return [
+        Contestant(name, lambda: [server.get(seconds, batch)], batch, role=REDIS),
+        Contestant(("redis GET",), lambda: [server.get(seconds, 1)], 1),
+    ]
 
 
 def _ib_read_bw(device: Selection, size: int, seconds: float, bare: Contestant) -> Any:

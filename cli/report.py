@@ -108,7 +108,7 @@ def print_result(
     if as_json:
         print(json.dumps({"heading": heading, "rows": [row.as_json() for row in rows]}))
         return
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 220, highlight=False)
     width = max(len(name) for name in heading)
     for name, value in heading.items():
         console.print(f"{name:<{width}}  {value}", markup=False)

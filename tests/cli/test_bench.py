@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from memkv.cli import lanes, pattern, perftest, trace
+from memkv.cli import lanes, pattern, perftest, redis, trace
 from memkv.cli.bench import main
 from memkv.cli.compare import Contestant, contest, median_ratio
 from memkv.cli.report import Steps, percentiles
@@ -81,6 +81,13 @@ def test_limit_has_every_contestant_at_every_size(fabric_name: str) -> None:
             assert row["limit_gbps"] > 0
             assert row["p50_us"] <= row["p99_us"]
     assert result["heading"]["fabric"] == fabric_name
+    if fabric_name == "tcp":
+        (first, *_) = rows(result, "redis GET, pipelined")
+        assert (first["gbps"] is None) == bool(redis.available())
+        assert first.get("note", "") == redis.available()
+        if not redis.available():
+            assert all(row["gbps"] > 0 for row in rows(result, "redis GET"))
+            assert all(row["redis_ratio"] > 0 for row in rows(result, "get"))
     if fabric_name == "verbs" and not perftest.available("ib_read_bw"):
         assert all(row["gbps"] > 0 for row in rows(result, "ib_read_bw"))
         assert all(row["perftest_ratio"] > 0 for row in rows(result, "get"))
@@ -104,17 +111,24 @@ def test_put_and_mixed_read_back_what_they_put(fabric_name: str) -> None:
 
 
 def test_latency_tells_c_from_python(fabric_name: str) -> None:
-    result = bench("latency", "--fabric", fabric_name, "--calls", "20", "--rounds", "2")
+    result = bench(
+        "latency", "--fabric", fabric_name, "--calls", "20", "--rounds", "2", "--cpu-seconds", "0.02"
+    )
 
     for what in ("get cached", "get cold"):
         (row,) = rows(result, what)
         assert 0 < row["p50_us"] < row["python_p50_us"]
         assert (row["hits"], row["misses"]) == (20, 0)
-        assert (row["ratio"] is not None) == (fabric_name == "verbs")
+        assert row["ratio"] > 0
     for n in (1, 64, 1024):
         (row,) = rows(result, f"python adds to {n}")
         assert row["batch"] == n
         assert row["p50_us"] > 0
+    for n in (1, 16, 64, 256, 1024):
+        (row,) = rows(result, f"cpu of a get of {n}")
+        assert (row["batch"], row["misses"]) == (n, 0)
+        assert row["hits"] >= n
+        assert row["user_us_a_block"] + row["kernel_us_a_block"] > 0
 
 
 def test_replay_finds_what_the_trace_implies(fabric_name: str, tmp_path: Path) -> None:
