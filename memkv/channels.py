@@ -21,10 +21,16 @@ DEPTH = 2 * FLIGHTS + 1  # READs: two buckets each, and the epoch line
 
 
 class ReadChannel:
-    """A connected reading endpoint, and the C job that runs over it, all made once."""
+    """A connected reading endpoint, and the C job that runs over it, all made once.
 
-    def __init__(self, endpoint: Endpoint, domain: Domain, view: Any) -> None:
+    :param gone: told when the endpoint has been closed.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, domain: Domain, view: Any, gone: Callable[[Endpoint], None]
+    ) -> None:
         self.endpoint = endpoint
+        self._gone = gone
         self.view = view
         self._channel = ffi.cast("struct mkv_channel *", endpoint.channel)
         nbytes = FLIGHTS * lib.MKV_FLIGHT_SCRATCH + 64
@@ -53,6 +59,7 @@ class ReadChannel:
     def close(self) -> None:
         self.endpoint.close()
         self.region.close()
+        self._gone(self.endpoint)
 
 
 class ChannelPool:

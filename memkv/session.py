@@ -399,16 +399,32 @@ class Session:
         except BaseException:
             endpoint.close()
             raise
+        endpoint.number = info.channel
         return endpoint
 
     async def _open_read_channel(self) -> ReadChannel:
         endpoint = self.get_domain.endpoint("read", self.remote, depth=DEPTH, dial=True)
         await self._connect(endpoint, "get")
         try:
-            return ReadChannel(endpoint, self.get_domain, self.view)
+            return ReadChannel(endpoint, self.get_domain, self.view, self._channel_gone)
         except BaseException:
             endpoint.close()
             raise
+
+    def _channel_gone(self, endpoint: Endpoint) -> None:
+        """Our end of a channel is destroyed: the node is told, so that it keeps no end for it. From any
+        thread.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self._close_channel, endpoint.number)
+
+    def _close_channel(self, number: int) -> None:
+        async def tell() -> None:
+            with contextlib.suppress(MemKVError):
+                await self.ask(lambda r: m.CloseChannel(r, number))
+
+        if self.closed is None and number:
+            self._spawn(tell())
 
     async def ensure_pull(self, timeout: float) -> Endpoint:
         """The channel over which the node pulls puts; made on the first put, and again after one broke.

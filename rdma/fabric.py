@@ -210,9 +210,10 @@ class Domain(ABC):
 
 
 class Endpoint(ABC):
-    """One end of a channel."""
+    """One end of a channel. ``number`` is what the node calls the channel, where that has been learnt."""
 
     offer: Offer
+    number: int = 0
 
     @abstractmethod
     def connect(self, other: Offer, host: str, timeout: float) -> None:

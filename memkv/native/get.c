@@ -139,13 +139,15 @@ static void begin_lookup(struct mkv_getjob *g, uint32_t f) {
 }
 
 /* `cached`: the location is not of a look-up made just now. */
+static void failed(struct mkv_getjob *g, uint32_t f);
+
 static void begin_block(struct mkv_getjob *g, uint32_t f, int cached) {
     struct mkv_flight *fl = &g->flights[f];
     uint32_t k = key_of(g, fl->position), slab = mkv_location_slab(fl->slot.location);
     uint64_t payload = mkv_location_offset(fl->slot.location);
     uint8_t *line = flight_scratch(g, f);
     const struct mkv_slice *to = &g->slices[k];
-    int known = mkv_table_get(g->job.ch->remote, slab) != 0;
+    const struct mkv_region *known = mkv_table_get(g->job.ch->remote, slab);
     if (!known && cached) { /* it was retired since, most likely; the block may be elsewhere by now */
         mkv_cache_drop(g->view->cache, key_bytes(g, fl->position));
         count(&g->view->stale, 1);
@@ -155,6 +157,10 @@ static void begin_block(struct mkv_getjob *g, uint32_t f, int cached) {
     if (!known) {
         g->unknown++;
         land(g, f, MKV_PENDING);
+        return;
+    }
+    if (payload < MKV_LINE_BYTES || !fl->slot.length || payload + fl->slot.length > known->length) {
+        failed(g, f); /* a torn slot */
         return;
     }
     if (fl->slot.length > to->length) {
@@ -174,15 +180,14 @@ static void begin_block(struct mkv_getjob *g, uint32_t f, int cached) {
     fl->broken = 0;
     fl->reads_left = 1;
     fl->epoch = g->epoch;
-    int rc = payload < MKV_LINE_BYTES || !fl->slot.length ? -EILSEQ : g->job.ch->ops->post(g->job.ch, &r);
+    int rc = g->job.ch->ops->post(g->job.ch, &r);
     if (!rc)
         return;
     if (rc == -EPIPE)
         land(g, f, MKV_ERROR_LINK);
-    else if (rc == -EILSEQ) { /* a torn slot */
-        mkv_cache_drop(g->view->cache, key_bytes(g, fl->position));
-        land(g, f, MKV_STALE);
-    } else
+    else if (!mkv_table_get(g->job.ch->remote, slab)) /* withdrawn just now */
+        failed(g, f);
+    else
         land(g, f, MKV_ERROR_BOUNDS);
 }
 
