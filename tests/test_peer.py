@@ -720,7 +720,7 @@ def test_evicted_blocks_are_misses_and_others_take_their_place(node: NodeThread,
     thread = threading.Thread(target=read)
     thread.start()
     blocks = Blocks(writer, 25)
-    end = time.monotonic() + 10 * GRACE
+    end = time.monotonic() + 5 * GRACE
     seed = 0
     while time.monotonic() < end:
         assert count(blocks.put(keys_of(25, seed=seed), timeout=10)) == {STORED: 25}
