@@ -6,7 +6,7 @@
  * done.
  *
  * When a class has no cell left and has been told that there is no segment for it, it evicts by SIEVE, as
- * sieve.c does in DRAM: pinned blocks are in no queue, and those whose extent is pinned or being read into
+ * sieve.c does in DRAM, but not before the scan is over: until then most cells only seem to be taken. Pinned blocks are in no queue, and those whose extent is pinned or being read into
  * are passed over. What goes from flash goes from DRAM too. No grace period is needed on flash itself: peers
  * never see it, and a cell whose image is being read is not evicted.
  */
@@ -259,7 +259,7 @@ static struct mkv_op *take(struct mkv_ns *ns, struct mkv_flash_class *c, uint64_
     struct mkv_op *op = NULL;
     if (c->room < ASK_BELOW)
         ask_for_segment(ns, c);
-    if (!c->room && c->denied)
+    if (!c->room && c->denied && !ns->flash->unknown)
         evict_one(ns, c);
     for (uint32_t k = 0; !op && c->room && k < MKV_MAX_DEVICES; k++) {
         uint32_t d = (c->next + k) % MKV_MAX_DEVICES;
