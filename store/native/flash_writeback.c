@@ -91,10 +91,9 @@ void mkv_dirty_hasten(struct mkv_ns *ns, int from, int to) {
 /* The block is clean, or will never be: from now on it may be evicted. */
 static void settle(struct mkv_ns *ns, struct mkv_extent *e) {
     e->write = MKV_CLEAN;
-    if (mkv_slab_of(ns, e)->state == MKV_SLAB_READY)
-        mkv_settled_join(ns, e);
-    else
-        mkv_evict(ns, e); /* its slab waited for it */
+    mkv_settled_join(ns, e);
+    if (mkv_slab_of(ns, e)->state != MKV_SLAB_READY) /* which waited for it */
+        mkv_evict(ns, e);
 }
 
 static void give_up(struct mkv_ns *ns, struct mkv_extent *e) {

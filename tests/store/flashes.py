@@ -15,8 +15,10 @@ import numpy as np
 from memkv.store import layout
 from memkv.store.native._store import ffi, lib
 
-from .spaces import HOUR, Found, Space
+from .spaces import Found, Space, key_of, payload_of, read_bucket
 
+LENGTH = 2048  # of most blocks of these tests: the longest of their namespace
+STRIDE = 512 + LENGTH  # of the cells of its class
 SECRET = 0x5EC2E7
 FOREVER = 0xFFFF_FFFF_FFFF_FFFF
 SEGMENT = 32768
@@ -113,11 +115,11 @@ class FlashSpace(Space):
             assert self.add(segment, 1 if records is None else 2) >= 0
         if records is not None:
             data = ffi.from_buffer("struct mkv_flash_record[]", records)
-            taken = 0
-            while (more := lib.mkv_ns_flash_import(self.ns, data + taken, len(data) - taken)) + taken < len(data):
-                taken += more
+            taken = int(lib.mkv_ns_flash_import(self.ns, data, len(data)))
+            while taken < len(data):  # the index is full
                 self.grow_table()
                 self.drop_tables()
+                taken += lib.mkv_ns_flash_import(self.ns, data + taken, len(data) - taken)
             lib.mkv_ns_flash_imported(self.ns)
 
     def add(self, segment: Segment, scan: int = 0) -> int:
@@ -142,11 +144,13 @@ class FlashSpace(Space):
         super().serve()
         self.serve_segments()
 
-    def serve_segments(self) -> None:
+    def serve_segments(self) -> bool:
+        """Gives out the segments that are wanted. False: so that it can be part of a condition."""
         while payload := lib.mkv_ns_segment_wanted(self.ns):
             segment = None if self.deny else self.disks.take(payload, frozenset(self.dead))
             if segment is None or self.add(segment) < 0:
                 lib.mkv_ns_segment_denied(self.ns, payload)
+        return False
 
     def export(self) -> Any:
         n = lib.mkv_ns_flash_export(self.ns, ffi.NULL, 0)
@@ -170,7 +174,17 @@ class FlashSpace(Space):
         assert lib.mkv_flash_device_stats(self.flash, device, out) == 0
         return out
 
-    def fault(self, kind: int, op: int, *, device: int = 0xFFFFFFFF, error: int = 0, times: int = 0, span: Any = (0, 0), chance: int = 0) -> None:
+    def fault(
+        self,
+        kind: int,
+        op: int,
+        *,
+        device: int = 0xFFFFFFFF,
+        error: int = 0,
+        times: int = 0,
+        span: Any = (0, 0),
+        chance: int = 0,
+    ) -> None:
         fault = ffi.new("struct mkv_fault *")
         fault.kind, fault.op, fault.device, fault.error, fault.times = kind, op, device, error, times
         fault.to, fault.per_million = span[1], chance
@@ -216,7 +230,7 @@ class FlashSpace(Space):
         while status == lib.MKV_PENDING and time.monotonic() < until:
             self.serve_segments()
             status = self.durable(key)
-        return status
+        return int(status)
 
     def barrier(self, *, sync: bool = False) -> int:
         return int(lib.mkv_flash_sync(self.flash) if sync else lib.mkv_flash_barrier(self.flash))
@@ -294,7 +308,6 @@ class FlashSpace(Space):
     def slot(self, key: bytes) -> Any:
         table = self.table()
         both = layout.candidates(np.frombuffer(key, np.uint8).reshape(1, 16), self.salt, table.buckets)[0]
-        from .spaces import read_bucket
 
         for bucket in both:
             for slot in read_bucket(table.address, int(bucket)):
@@ -323,4 +336,37 @@ _room = ffi.new("char[]", 8192)
 _PAGE = ffi.cast("char *", (int(ffi.cast("uintptr_t", _room)) + 4095) // 4096 * 4096)
 
 
-__all__ = ["FOREVER", "HOUR", "SECRET", "SEGMENT", "Disks", "FlashSpace", "Segment", "identity"]
+def fill(space: FlashSpace, n: int, first: int = 0, length: int = LENGTH) -> list[bytes]:
+    """Puts n blocks, and sees to it that they are on flash."""
+    keys = [key_of(first + i) for i in range(n)]
+    for key in keys:
+        assert space.put_patiently(key, payload_of(key, length)) == lib.MKV_STORED
+        space.settle()
+    return keys
+
+
+def cool(space: FlashSpace, *keys: bytes) -> None:
+    """Drives blocks out of DRAM."""
+    for n in range(1000, 1100):
+        if all(space.state(key) == layout.SLOT_FLASH for key in keys):
+            return
+        space.put_patiently(key_of(n), payload_of(key_of(n), LENGTH))
+        space.settle()
+        space.tick()
+    raise AssertionError("they do not go")
+
+
+def records(space: FlashSpace) -> Any:
+    return ffi.from_buffer("struct mkv_flash_record[]", space.export())
+
+
+def record_of(space: FlashSpace, key: bytes) -> Any:
+    found = [ffi.new("struct mkv_flash_record *", r) for r in records(space) if bytes(r.key) == key]
+    assert len(found) == 1
+    return found[0]
+
+
+def reads(space: FlashSpace) -> int:
+    stats = ffi.new("struct mkv_flashio_stats *")
+    lib.mkv_flashio_stats(space.io, stats)
+    return int(stats.reads)

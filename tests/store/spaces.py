@@ -74,7 +74,7 @@ class Space:
         return out[0]
 
     def check(self) -> None:
-        assert lib.mkv_ns_check(self.ns) == 0
+        assert (line := lib.mkv_ns_check(self.ns)) == 0, line
 
     def tick(self, n: int = 1) -> None:
         for _ in range(n):
