@@ -16,7 +16,9 @@ from ..rdma.errors import LocalError
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A span of memory. ``owner`` keeps it alive; None where the caller has to (pointer and size)."""
+    """A span of memory. ``owner`` keeps it alive and where it is (a view: nobody can resize it meanwhile); None
+    where the caller has to see to that (pointer and size).
+    """
 
     address: int
     nbytes: int
@@ -51,9 +53,9 @@ def resolve(buffer: Any) -> Memory:
     if not view.c_contiguous or not view.nbytes:
         raise LocalError("the buffer is empty or not contiguous", "numpy.ascontiguousarray")
     if view.readonly:
-        return Memory(_address_readonly(view), view.nbytes, False, buffer)
+        return Memory(_address_readonly(view), view.nbytes, False, view)
     address = ctypes.addressof(ctypes.c_char.from_buffer(view.cast("B") if view.ndim != 1 else view))
-    return Memory(address, view.nbytes, True, buffer)
+    return Memory(address, view.nbytes, True, view)
 
 
 def _address_readonly(view: memoryview) -> int:

@@ -27,8 +27,8 @@ class Buffer:
 
     def __init__(self, peer: Peer, memory: Memory, into: Region | None, out: Region) -> None:
         self.peer = peer
-        self.memory = memory
         self.id = out.id
+        self.address = memory.address
         self.nbytes = memory.nbytes
         self._into = into
         self._out = out

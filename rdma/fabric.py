@@ -132,6 +132,7 @@ class Region:
         if not self.closed:
             self.closed = True
             self.domain._withdraw(self)
+            self.owner = None
 
 
 class Domain(ABC):

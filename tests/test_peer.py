@@ -148,6 +148,15 @@ def test_the_fabric_and_its_reason_are_shown(node: NodeThread, connect: Connect,
 # --- registering ---
 
 
+def test_a_registered_bytearray_cannot_be_resized_under_us(peer: Peer) -> None:
+    data = bytearray(4096)
+    buffer = peer.register(data)
+    with pytest.raises(BufferError):
+        data.extend(b"x")
+    buffer.close()
+    data.extend(b"x")
+
+
 def test_every_kind_of_memory_can_be_put_and_got(peer: Peer) -> None:
     size = 8 * KIB
     mapped = mmap.mmap(-1, size)
@@ -164,11 +173,11 @@ def test_every_kind_of_memory_can_be_put_and_got(peer: Peer) -> None:
         keys = keys_of(2, seed=i)
         buffer = peer.register(memory)
         assert buffer.nbytes == size
-        ctypes.memmove(buffer.memory.address, blocks_of(keys, size // 2).tobytes(), size)
+        ctypes.memmove(buffer.address, blocks_of(keys, size // 2).tobytes(), size)
         assert count(peer.put_from(keys, buffer.split(size // 2))) == {STORED: 2}
-        ctypes.memset(buffer.memory.address, 0, size)
+        ctypes.memset(buffer.address, 0, size)
         assert count(peer.get_into(keys, buffer.split(size // 2))) == {HIT: 2}
-        assert ctypes.string_at(buffer.memory.address, size) == blocks_of(keys, size // 2).tobytes()
+        assert ctypes.string_at(buffer.address, size) == blocks_of(keys, size // 2).tobytes()
         buffer.close()
 
 
