@@ -6,9 +6,10 @@
  * done.
  *
  * When a class has no cell left and has been told that there is no segment for it, it evicts by SIEVE, as
- * sieve.c does in DRAM, but not before the scan is over: until then most cells only seem to be taken. Pinned blocks are in no queue, and those whose extent is pinned or being read into
- * are passed over. What goes from flash goes from DRAM too. No grace period is needed on flash itself: peers
- * never see it, and a cell whose image is being read is not evicted.
+ * sieve.c does in DRAM, but not before the scan is over: until then most cells only seem to be taken. Pinned
+ * blocks are in no queue, and those whose extent is pinned or being read into are passed over. What goes from
+ * flash goes from DRAM too. No grace period is needed on flash itself: peers never see it, and a cell whose
+ * image is being read is not evicted.
  */
 #include "flash_ns.h"
 #include "list.h"
