@@ -1,4 +1,4 @@
-"""``memkv-node``: serve, doctor, status."""
+"""``memkv-node``: serve, doctor, status, and what there is to do to flash: format, scrub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..store.config import DEFAULT_PORT, parse_address
+from ..store.config import DEFAULT_PORT, NodeConfig, parse_address, parse_path, parse_size
 from ._group import OneLineGroup
 from .options import as_toml, load, node_options, written
 
@@ -16,7 +16,7 @@ from .options import as_toml, load, node_options, written
 @click.group("memkv-node", cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="memkv-node")
 def main() -> None:
-    """A memkv store node: serve blocks, say how it is, say what is missing."""
+    """A memkv store node: serve blocks, say how it is, say what is missing, look after its flash."""
 
 
 @main.command()
@@ -92,6 +92,51 @@ def status(metrics_url: str | None, address: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
     else:
         show(found, Console())
+
+
+@main.command("format")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH[:SIZE]...")
+@click.option("--force", is_flag=True, help="Also over what is not blank. What lies there is lost.")
+@click.option(
+    "--segment-bytes", metavar="SIZE", default="0", help="What namespaces take flash by; 0: by the device."
+)
+def format_(paths: tuple[str, ...], force: bool, segment_bytes: str) -> int:
+    """Make a flash store of files and block devices, all of them for one node.
+
+    A file is made if there is none, and written through: a later write then changes no metadata.
+    """
+    from rich.console import Console
+
+    from .flash import make
+
+    wanted = [parse_path(path) for path in paths]
+    make(wanted, force, parse_size(segment_bytes, "--segment-bytes"), Console())
+    return 0
+
+
+@main.command()
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option("--config", "config_file", metavar="FILE", help="The node's settings: its devices.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def scrub(paths: tuple[str, ...], config_file: str | None, as_json: bool) -> int:
+    """Verify every block on flash; the node has to be stopped.
+
+    All devices of the store have to be named. Ends with 1 if bad blocks were found; they are dropped.
+    """
+    from rich.console import Console
+
+    from . import flash
+
+    if not paths:
+        paths = NodeConfig.load(config_file).flash if config_file else ()
+    if not paths:
+        raise click.UsageError("no devices: name them, or give the node's --config")
+    report = flash.examine([parse_path(path) for path in paths])
+    if as_json:
+        click.echo(json.dumps(flash.as_json(report), indent=1))
+    else:
+        flash.show(report, Console())
+    return 1 if report.bad else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import asyncio
 import ctypes
 import errno
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +28,6 @@ from . import messages as m
 from .flash import format as f
 from .flash.store import FlashStore
 from .flash.tenant import Tenant
-from .layout import BUCKET_SLOTS
 from .native._store import ffi, lib
 from .notices import Listener, Notices
 from .refusals import Refuse
@@ -150,21 +148,9 @@ class Namespace:
         if record.id not in store.names:
             store.remember(record)  # before its first segment
         else:
-            span = ffi.new("struct mkv_span *")
-            lib.mkv_ns_table(self.ns, span)
-            for _ in range(_doublings(int(span.buckets), flash.expected)):
-                self._double_table()
-            flash.restore(self._double_table)
+            flash.make_room_for(flash.expected)
+            flash.restore()
         self.flash = flash
-
-    def _double_table(self) -> None:
-        """A larger index at once, while no session knows of any."""
-        old, new = ffi.new("struct mkv_span *"), ffi.new("struct mkv_span *")
-        lib.mkv_ns_table(self.ns, old)
-        rc = lib.mkv_ns_table_prepare(self.ns, new) or lib.mkv_ns_table_switch(self.ns, new.id)
-        if rc:
-            raise MemoryError(f"namespace {self.name}: the index cannot grow: {os.strerror(-rc)}")
-        lib.mkv_ns_table_drop(self.ns, old.id)
 
     # --- registered memory; may be called in the pool ---
 
@@ -342,11 +328,6 @@ class Namespace:
         if self.ns != ffi.NULL:
             lib.mkv_ns_free(self.ns)
             self.ns = ffi.NULL
-
-
-def _doublings(buckets: int, blocks: int) -> int:
-    """How often an index has to double until so many blocks fill it by half."""
-    return max(0, (2 * blocks // (buckets * BUCKET_SLOTS)).bit_length())
 
 
 def _populate(address: int, length: int) -> None:

@@ -29,6 +29,7 @@ NAMES_MAGIC = int.from_bytes(b"MKVNAMES", "little")
 SNAPSHOT_MAGIC = int.from_bytes(b"MKVSNAPS", "little")
 VERSION = 1
 CLEAN = 1  # flag: stopped in order; the snapshot of this generation is whole
+STARTING = 2  # flag: the store has not gone on under this mark yet, see marks.py
 NAMES_BYTES = 64 << 10
 MAX_NAMESPACES = NAMES_BYTES // 512 - 1
 SEGMENT_MIN = 4 * MIB
@@ -49,7 +50,9 @@ SUPER = np.dtype(
         ("spare0", "<u4"),
         ("secret", "<u8"),  # keys the checks of cold records
         ("boot", "<u8"),  # starts so far, and losses of other devices
-        ("start", "<u8"),  # random, of the last of these: who shares it was there
+        ("start", "<u8"),  # random, of the last of these; both together are the mark, see marks.py
+        ("prior_boot", "<u8"),  # the mark before, while STARTING
+        ("prior_start", "<u8"),
         ("generation", "<u8"),  # of this superblock: the higher of two good ones counts
         ("snapshot", "<u8"),  # generation that the snapshot must name
         ("names_at", "<u8"),
@@ -141,9 +144,12 @@ class Superblock:
     secret: int
     boot: int
     start: int
+    prior_boot: int
+    prior_start: int
     generation: int
     snapshot: int
     clean: bool
+    starting: bool
     segments_at: int
     snapshot_at: int
     snapshot_bytes: int
@@ -153,7 +159,8 @@ class Superblock:
     def pack(self) -> bytes:
         """One page."""
         r = np.zeros((), SUPER)
-        r["magic"], r["version"], r["flags"] = MAGIC, VERSION, CLEAN if self.clean else 0
+        r["magic"], r["version"] = MAGIC, VERSION
+        r["flags"] = CLEAN * self.clean | STARTING * self.starting
         r["store"] = np.void(self.store)
         for name in _NUMBERS:
             r[name] = getattr(self, name)
@@ -174,7 +181,13 @@ class Superblock:
                 f"flash format version {int(r['version'])}, this program knows {VERSION}", "upgrade it"
             )
         values = {name: int(r[name]) for name in _NUMBERS}
-        return cls(store=r["store"].tobytes(), clean=bool(int(r["flags"]) & CLEAN), **values)
+        flags = int(r["flags"])
+        return cls(
+            store=r["store"].tobytes(),
+            clean=bool(flags & CLEAN),
+            starting=bool(flags & STARTING),
+            **values,
+        )
 
     def next(self, **changes: Any) -> Superblock:
         """The one that replaces it, in the other place."""
@@ -225,9 +238,12 @@ def plan(
         secret=secret,
         boot=0,
         start=0,
+        prior_boot=0,
+        prior_start=0,
         generation=2,
         snapshot=0,
         clean=True,
+        starting=False,
         segments_at=segments_at,
         snapshot_at=snapshot_at,
         snapshot_bytes=snapshot_bytes,

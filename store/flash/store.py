@@ -4,10 +4,8 @@ Every start counts (`boot`): what is written now wins over what was written befo
 as not clean before anything is written to it; a clean stop writes the snapshot of each device, then marks it
 clean. A device that was clean gives its blocks back from the snapshot, any other by a scan of its segments.
 
-What was deleted must not return, so a device that was away while others went on has lost its say: its blocks
-may have been deleted in between. Every start therefore leaves a common mark (`boot`, and the random `start`)
-on all devices that take part in it, and the loss of a device leaves a new one on those that remain. Whoever
-lacks the newest mark begins empty.
+What was deleted must not return, so a device that was away while others went on begins empty: marks.py tells
+how that is known.
 
 Methods that write block; they are called in a pool, from several threads.
 """
@@ -32,6 +30,7 @@ from ..config import FlashPath
 from ..native._store import ffi, lib
 from . import format as f
 from .device import Device
+from .marks import Mark, begun, gone_on, mark_of, standing
 from .prepare import Progress, prepare
 
 log = logging.getLogger("memkv.flash")
@@ -86,7 +85,9 @@ class FlashStore:
 
     :param memory: (address, bytes) of the arena, which becomes the I/O engine's fixed buffers.
     :param dirty_max: bytes that may wait to be written. :param threads: demands the fallback engine.
-    :raises LocalError: devices of two stores. :raises DeviceError: none can be used, or another node has one.
+    :param whole: all devices of the store have to be there, and none is made.
+    :raises LocalError: devices of two stores, or not a whole one.
+    :raises DeviceError: none can be used, or another node has one.
     """
 
     def __init__(
@@ -97,12 +98,13 @@ class FlashStore:
         dirty_max: int,
         threads: int = 0,
         progress: Progress | None = None,
+        whole: bool = False,
     ) -> None:
         self.unusable: dict[str, str] = {}
         self.devices: list[OpenDevice] = []
         self.names: dict[int, f.Name] = {}
         self._names_generation = 0
-        self._boot = self._start = 0
+        self._boot = 0
         self._unrecorded = False  # a loss that the other devices do not know of
         self._lock = threading.RLock()
         self._opened: list[Device] = []
@@ -116,9 +118,8 @@ class FlashStore:
             rc = lib.mkv_flashio_memory(self.io, *memory)
             if rc:
                 log.warning("the arena cannot be registered with the I/O engine: %s", os.strerror(-rc))
-            self._begin(self._open(paths, progress))
-            first = self.devices[0].super
-            self.flash = lib.mkv_flash_new(self.io, first.secret, first.boot, dirty_max)
+            self._begin(self._open_whole(paths) if whole else self._open(paths, progress))
+            self.flash = lib.mkv_flash_new(self.io, self.devices[0].super.secret, self._boot, dirty_max)
             if self.flash == ffi.NULL:
                 raise MemoryError("no memory for the flash tier")
             for d in self.devices:
@@ -194,6 +195,28 @@ class FlashStore:
             raise self._nothing()
         return known
 
+    def _open_whole(self, paths: Sequence[FlashPath]) -> list[tuple[Device, f.Superblock]]:
+        """Opens all devices of one store, and has changed nothing if that cannot be done."""
+        found: list[tuple[Device, f.Superblock]] = []
+        for path in paths:
+            device = Device(path.path)
+            self._opened.append(device)
+            device.lock()
+            block = device.superblock()
+            if block is None:
+                raise LocalError(
+                    f"{path.path} is not a device of a memkv store", "memkv-node format makes it one"
+                )
+            found.append((device, block))
+        count = max(block.count for _, block in found)
+        _, there = standing([block for _, block in found])
+        if len({block.store for _, block in found}) != 1 or count != len(found) or not all(there):
+            raise LocalError(
+                f"{len(found)} devices, which are not all {count} that their node had last",
+                "name all of them; to go on without one, start the node without it",
+            )
+        return found
+
     def _reject(self, path: os.PathLike[str], why: str, device: Device | None) -> None:
         if device:
             device.discard()
@@ -208,24 +231,45 @@ class FlashStore:
 
     def _begin(self, found: list[tuple[Device, f.Superblock]]) -> None:
         """Reads what each device says, then marks it as in use."""
-        latest = max(found, key=lambda pair: pair[1].boot)[1]
-        self._boot, self._start = latest.boot + 1, secrets.randbits(64)
-        missing = latest.count - len(found)
+        blocks = [block for _, block in found]
+        mark, there = standing(blocks)
+        missing = max(block.count for block in blocks) - len(found)
         if missing > 0:
             log.error("flash: %d of the store's devices are missing; their blocks are lost to it", missing)
-        for device, block in found:
+        for (device, block), was_there in zip(found, there, strict=True):
             try:
-                current = not block.boot or (block.boot, block.start) == (latest.boot, latest.start)
-                self._begin_one(device, block, current, len(found))
+                self._begin_one(device, block, was_there)
             except (DeviceError, f.FormatError) as exc:
                 self._reject(device.path, str(exc), device)
         if not self.devices:
             raise self._nothing()
-        self._unrecorded |= len(self.devices) < len(found)
         for d in self.devices:
             self._prune(d)
         if self.names:
             self._write_names(self.names)  # on those too that have an older table, or none
+        self._boot = self._new_mark(mark)
+        if not self._good():
+            self.unusable |= {str(d.device.path): d.failed for d in self.devices}
+            raise self._nothing()
+
+    def _new_mark(self, prior: Mark) -> int:
+        """Puts a new mark on all devices that are in use, in two steps; then the store may go on.
+
+        :returns: its number.
+        """
+        mark = max(d.super.boot for d in self.devices) + 1, secrets.randbits(64)
+        count = len(self._good())
+        for d in self._good():
+            self._write_super(d, begun(d.super, mark, prior, count))
+        for d in self._good():
+            self._write_super(d, gone_on(d.super))
+        return mark[0]
+
+    def _write_super(self, d: OpenDevice, block: f.Superblock) -> bool:
+        if not self._write(d, block.place(), block.pack()):
+            return False
+        d.super = block
+        return True
 
     def _prune(self, d: OpenDevice) -> None:
         """Frees segments that will not be looked at now, so that they are not looked at later either, when
@@ -238,10 +282,10 @@ class FlashStore:
                 del d.segments[number]
             self._write(d, d.super.segments_at, _pack_table(d.super, d.segments))
 
-    def _begin_one(self, device: Device, block: f.Superblock, current: bool, count: int) -> None:
+    def _begin_one(self, device: Device, block: f.Superblock, was_there: bool) -> None:
         segments: dict[int, f.Segment] = {}
         records: Records | None = None
-        if current:
+        if was_there:
             table = device.read(block.segments_at, block.snapshot_at - block.segments_at)
             table = table[: block.segments * f.SEGMENT.itemsize]
             segments = {s.number: s for s in f.parse_segments(table, block.secret)}
@@ -252,8 +296,6 @@ class FlashStore:
         else:
             log.error("flash %s was away while the store went on: it begins empty", device.path)
             device.write(block.segments_at, _pack_table(block, segments))
-        block = block.next(boot=self._boot, start=self._start, clean=False, count=count)
-        device.write(block.place(), block.pack())
         io = lib.mkv_flashio_device(self.io, os.dup(device.fd))
         if io < 0:
             raise DeviceError(f"{device.path}: the I/O engine refuses it", -io)
@@ -381,14 +423,11 @@ class FlashStore:
         """
         with self._lock:
             while self._unrecorded:
-                if not self._good():
+                good = self._good()
+                if not good:
                     return False
                 self._unrecorded = False
-                self._boot, self._start = self._boot + 1, secrets.randbits(64)
-                for d in self._good():
-                    block = d.super.next(boot=self._boot, start=self._start, count=len(self._good()))
-                    if self._write(d, block.place(), block.pack()):
-                        d.super = block
+                self._new_mark(mark_of(good[0].super))
             return True
 
     # --- stopping ---
@@ -399,6 +438,7 @@ class FlashStore:
         :param export: all blocks on flash, dtype RECORD, ``device`` being the engine's index.
         """
         with self._lock:
+            self.settle()
             records = export()
             for d in self._good():
                 mine = records[records["device"] == d.io].copy()
@@ -408,9 +448,8 @@ class FlashStore:
                 if len(raw) > block.snapshot_bytes:
                     log.warning("flash %s: %d blocks do not fit the snapshot", d.device.path, len(mine))
                     continue
-                if self._write(d, block.snapshot_at, raw) and self._write(d, block.place(), block.pack()):
-                    d.super = block
-            self.settle()
+                if self._write(d, block.snapshot_at, raw):
+                    self._write_super(d, block)
 
     def close(self) -> None:
         """After all namespaces. Whether it is clean has been decided by :meth:`save`."""

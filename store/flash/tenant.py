@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ..layout import BUCKET_SLOTS
 from ..native._store import ffi, lib
 from . import format as f
 from .store import FlashStore, OpenDevice, Records
@@ -44,11 +44,30 @@ class Tenant:
     def _segments(self) -> list[tuple[OpenDevice, f.Segment]]:
         return self.store.segments_of(self.name.id)
 
-    def restore(self, make_room: Callable[[], object], scan: bool = False) -> None:
+    def make_room_for(self, blocks: int) -> None:
+        """An index that so many blocks fill by half, while no session knows of any."""
+        span = ffi.new("struct mkv_span *")
+        lib.mkv_ns_table(self._ns, span)
+        capacity = int(span.buckets) * BUCKET_SLOTS
+        while capacity < 2 * blocks:
+            self.double_index()
+            capacity *= 2
+
+    def double_index(self) -> None:
+        """A larger index at once, while no session knows of any."""
+        old, new = ffi.new("struct mkv_span *"), ffi.new("struct mkv_span *")
+        lib.mkv_ns_table(self._ns, old)
+        rc = lib.mkv_ns_table_prepare(self._ns, new) or lib.mkv_ns_table_switch(self._ns, new.id)
+        if rc:
+            why = os.strerror(-rc)
+            raise MemoryError(f"namespace {self.name.name}: the index cannot grow: {why}")
+        lib.mkv_ns_table_drop(self._ns, old.id)
+
+    def restore(self, scan: bool = False) -> None:
         """Takes up the namespace's segments: from snapshots where a device has one, else by a scan that goes
         on after this has returned.
 
-        :param make_room: is called when the index is full. :param scan: all of them by a scan.
+        :param scan: all of them by a scan.
         :raises MemoryError: then nothing may be served: what was deleted could be found later.
         """
         imported = np.zeros(0, f.RECORD) if scan else self.store.records_of(self.name.id)
@@ -62,7 +81,7 @@ class Tenant:
         while taken < len(imported):
             taken += int(lib.mkv_ns_flash_import(self._ns, records + taken, len(imported) - taken))
             if taken < len(imported):
-                make_room()
+                self.double_index()
         lib.mkv_ns_flash_imported(self._ns)
         if len(imported):
             log.info("namespace %s: %d blocks from snapshots", self.name.name, self.stats()["flash_blocks"])

@@ -33,13 +33,14 @@ supers = st.builds(
     f.Superblock,
     store=st.binary(min_size=16, max_size=16),
     clean=st.booleans(),
+    starting=st.booleans(),
     index=u32,
     count=u32,
     segments=u32,
     **{
         n: u64
         for n in f.Superblock.__dataclass_fields__
-        if n not in ("store", "clean", "index", "count", "segments")
+        if n not in ("store", "clean", "starting", "index", "count", "segments")
     },
 )
 names = st.builds(
@@ -256,5 +257,5 @@ def test_the_document_and_the_dtype_have_the_same_fields(name: str) -> None:
 def test_the_document_has_the_same_numbers() -> None:
     text = DOCUMENT.read_text(encoding="utf-8").split("## A flash device", 1)[1]
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\w+) \|", text, re.MULTILINE))
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert {name: int(value, 0) for name, value in rows.items()} == {name: getattr(f, name) for name in rows}

@@ -68,7 +68,8 @@ class Filler:
         peer.open_pull(self.info)
         self.region = peer.source(np.zeros(PER_BATCH * BLOCK, np.uint8))
 
-    def content(self, number: int) -> npt.NDArray[np.uint8]:
+    @staticmethod
+    def content(number: int) -> npt.NDArray[np.uint8]:
         return np.random.default_rng(number).integers(0, 256, BLOCK, np.uint8)
 
     def put(self, numbers: range, **named: Any) -> list[int]:

@@ -390,6 +390,32 @@ def test_of_two_that_went_on_without_each_other_one_begins_empty(a: Path, b: Pat
     assert {len(x) for x in in_use(both).values()} == {0, 2}
 
 
+@pytest.mark.parametrize("writes", range(5))
+def test_a_kill_among_the_marks_of_a_start_loses_nothing(
+    a: Path, b: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    store = open_store(a, b)
+    grown(store)
+    before = in_use(store)
+    store.close()
+    good, left = FlashStore._write_super, [writes]
+
+    def killed(self: FlashStore, d: Any, block: f.Superblock) -> bool:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return good(self, d, block)
+
+    monkeypatch.setattr(FlashStore, "_write_super", killed)
+    if writes < 4:
+        with pytest.raises(KeyboardInterrupt):
+            open_store(a, b)
+    else:
+        open_store(a, b).close()
+    monkeypatch.undo()
+    assert in_use(open_store(a, b)) == before
+
+
 def test_a_device_that_is_lost_under_way_begins_empty(a: Path, b: Path, open_store: Open) -> None:
     store = open_store(a, b)
     grown(store)
