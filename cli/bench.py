@@ -1,4 +1,4 @@
-"""``memkv-bench``: limit, get, put, mixed, latency, replay."""
+"""``memkv-bench``: limit, get, put, mixed, latency, replay, flash, restart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from .. import __version__
 from ._group import OneLineGroup
-from .bench_options import loading, options, reaching, wish
+from .bench_options import loading, options, reaching, sizes, wish
 from .bench_options import size as a_size
 from .report import Row, print_result
 
@@ -101,6 +101,14 @@ def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: boo
     "--block-bytes", callback=a_size, metavar="SIZE", default="64k", help="KV cache of 512 tokens. [64k]"
 )
 @click.option("--peers", type=click.IntRange(1, 64), default=2, help="Processes that take turns. [2]")
+@click.option(
+    "--flash",
+    default="",
+    metavar="PATH[:SIZE]",
+    help="Own nodes have flash; the memory then is a tenth of what is put.",
+)
+@click.option("--force", is_flag=True, help="What is at PATH is lost.")
+@click.option("--grace-ms", type=click.IntRange(10, 60000), default=100, help="Of nodes with flash. [100]")
 @click.option("--nodes-count", type=click.IntRange(1, 64), default=1, help="Own nodes. [1]")
 @click.option(
     "--batch", type=click.IntRange(1), default=64, help="Blocks, where everything is got again. [64]"
@@ -109,6 +117,56 @@ def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: boo
 def replay(as_json: bool, **flags: Any) -> int:
     """Replays a trace of prompts: match, get the hits, put the rest."""
     from .replay import Settings, run
+
+    memory = flags.pop("memory") or 0
+    return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+
+
+@main.command()
+@reaching
+@click.option(
+    "--flash", required=True, metavar="PATH[:SIZE]", help="A file to be made, or a block device (--force)."
+)
+@click.option("--force", is_flag=True, help="What is at PATH is lost.")
+@click.option("--sizes", callback=sizes, metavar="SIZE,…", default="1m", help="Block sizes. [1m]")
+@click.option(
+    "--working-set", callback=a_size, metavar="SIZE", help="Bytes of blocks in flash. [four times the memory]"
+)
+@click.option("--put-bytes", callback=a_size, metavar="SIZE", help="Put in a turn. [as much as the memory]")
+@click.option("--batch", type=click.IntRange(1), default=16, help="Blocks of a batch. [16]")
+@click.option(
+    "--depth", type=click.IntRange(1, 64), default=2, help="Batches under way; fio's depth is both. [2]"
+)
+@click.option("--grace-ms", type=click.IntRange(10, 60000), default=100, help="The node's. [100]")
+@click.option("--seconds", type=click.FloatRange(0.01), default=5.0, help="Timed, for each row. [5]")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, help="Turns that the seconds are divided into. [5]"
+)
+@click.option("--verify/--no-verify", default=True, help="Compare bytes, outside of the timed part. [on]")
+def flash(as_json: bool, **flags: Any) -> int:
+    """Staged gets and write-behind beside fio on the same device."""
+    from .flash_bench import Settings, run
+
+    memory = flags.pop("memory") or 512 << 20
+    flags["working_set"] = flags["working_set"] or 0
+    flags["put_bytes"] = flags["put_bytes"] or memory
+    return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+
+
+@main.command()
+@reaching
+@click.option(
+    "--flash", required=True, metavar="PATH[:SIZE]", help="A file to be made, or a block device (--force)."
+)
+@click.option("--force", is_flag=True, help="What is at PATH is lost.")
+@click.option("--size", callback=a_size, metavar="SIZE", default="256k", help="Of a block. [256k]")
+@click.option("--blocks", type=click.IntRange(1), default=4000, help="[4000]")
+@click.option("--batch", type=click.IntRange(1), default=64, help="Blocks of a put or get. [64]")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Stops of each kind. [3]")
+@click.option("--verify/--no-verify", default=True, help="Compare every byte of every block. [on]")
+def restart(as_json: bool, **flags: Any) -> int:
+    """How soon a node has its blocks on flash again: after a clean stop, and killed."""
+    from .restart import Settings, run
 
     memory = flags.pop("memory") or 0
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)

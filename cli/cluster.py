@@ -54,10 +54,11 @@ class NodeProcess:
     """``memkv-node serve`` in a process of its own, on a free port of the loopback address.
 
     :param memory: bytes of the arena. :param block_bytes: of the longest block, for the slabs to fit.
+    :param more: further flags.
     :raises MemKVError: it did not come up; the message has the node's own.
     """
 
-    def __init__(self, wish: Wish, memory: int, block_bytes: int) -> None:
+    def __init__(self, wish: Wish, memory: int, block_bytes: int, more: Sequence[str] = ()) -> None:
         slab = slab_bytes(memory, block_bytes)
         command = [sys.executable, "-m", "memkv.cli.node", "serve", "--listen", "127.0.0.1:0"]
         command += ["--fabric", wish.fabric, "--clock", wish.clock, "--log-level", "warning"]
@@ -70,8 +71,10 @@ class NodeProcess:
             ("--secret-file", wish.secret_file),
         ):
             command += [flag, str(value)] if value is not None else []
+        command += more
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         reader, writer = os.pipe()
+        began = time.monotonic()
         try:
             self._process = subprocess.Popen(
                 [*command, "--ready-fd", str(writer)],
@@ -86,6 +89,7 @@ class NodeProcess:
             os.close(writer)
         try:
             self.address = self._wait(reader)
+            self.start_seconds = time.monotonic() - began  # to where it serves
         except BaseException:
             self.close()
             raise
@@ -111,6 +115,25 @@ class NodeProcess:
                 raise MemKVError(f"the benchmark's node did not start: {last[-1]}")
             line += more
         return line.decode().split()[1]
+
+    def stop(self) -> float:
+        """Stops it in order; the seconds that took. :raises MemKVError: it was no clean stop."""
+        began = time.monotonic()
+        self._process.terminate()
+        try:
+            status = self._process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise DeadlineError("the benchmark's node does not stop") from None
+        if status:
+            raise MemKVError(f"the benchmark's node stopped with status {status}")
+        return time.monotonic() - began
+
+    def kill(self) -> float:
+        """SIGKILL; the seconds until it was gone."""
+        began = time.monotonic()
+        self._process.kill()
+        self._process.wait()
+        return time.monotonic() - began
 
     def close(self) -> None:
         """Stops it: SIGTERM, and SIGKILL if that is not enough."""
@@ -176,9 +199,20 @@ def _child_main(target: Callable[..., None], pipe: Connection, *args: Any) -> No
 
 
 class Nodes:
-    """The nodes of a benchmark: those named, or ``count`` of its own. A context manager."""
+    """The nodes of a benchmark: those named, or ``count`` of its own. A context manager.
 
-    def __init__(self, wish: Wish, *, memory: int, block_bytes: int, count: int = 1) -> None:
+    :param more: further flags of each of its own, by number.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        *,
+        memory: int,
+        block_bytes: int,
+        count: int = 1,
+        more: Callable[[int], Sequence[str]] = lambda number: (),
+    ) -> None:
         if wish.secret_file and not Path(wish.secret_file).is_file():
             raise LocalError(f"there is no file {wish.secret_file}", "--secret-file")
         for name in wish.nodes:
@@ -186,7 +220,7 @@ class Nodes:
         self.own: list[NodeProcess] = []
         try:
             if not wish.nodes:
-                self.own.extend(NodeProcess(wish, memory, block_bytes) for _ in range(count))
+                self.own.extend(NodeProcess(wish, memory, block_bytes, more(i)) for i in range(count))
         except BaseException:
             self.close()
             raise

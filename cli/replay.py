@@ -9,10 +9,14 @@ is held, ``put`` the rest.
 Afterwards everything is got once more by each peer's share, first to warm the location caches, then measured:
 what that costs the nodes is their CPU time and context switches less those of as long a time in which nothing
 is asked of them.
+
+With ``--flash`` the nodes have little memory and keep the rest on flash; nothing is lost, so the same is due.
+What the nodes have staged meanwhile says how many of the hits came from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -25,10 +29,11 @@ import numpy as np
 
 from ..keys import KeySpace, keys_from_ids
 from ..peer import Peer
-from ..rdma.errors import MemKVError
+from ..rdma.errors import LocalError, MemKVError
 from ..rdma.memory import HostMemory
 from . import pattern, perftest, trace
-from .cluster import Child, Nodes, Usage, Wish, arena_bytes, usage
+from .cluster import Child, Nodes, Usage, Wish, arena_bytes, extent_bytes, usage
+from .flash_rig import FlashRig, FlashStats, room
 from .lanes import TIMEOUT, clock
 from .limits import open_limit
 from .report import Row, Steps
@@ -54,6 +59,9 @@ class Settings:
     nodes_count: int
     batch: int
     verify: bool
+    flash: str = ""
+    force: bool = False
+    grace_ms: int = 1000  # of nodes with flash
 
 
 @dataclass(slots=True)
@@ -168,10 +176,26 @@ def run(settings: Settings) -> tuple[dict[str, Any], list[Row], list[str]]:
     due = trace.summarise(requests)
     salt = secrets.token_hex(4)
     size = settings.block_bytes
-    memory = settings.memory or arena_bytes(_share(due.distinct, settings.nodes_count), size)
-    with Steps(len(requests)) as steps:
+    blocks = _share(due.distinct, settings.nodes_count)
+    memory = settings.memory or arena_bytes(blocks, size)
+    if settings.flash and not settings.memory:
+        memory = max(blocks * extent_bytes(size) // 10, 2 * due.longest * extent_bytes(size), 16 << 20)
+    if settings.flash and settings.wish.nodes:
+        raise LocalError("nodes that exist have their own flash or none", "leave --nodes or --flash out")
+    with Steps(len(requests)) as steps, contextlib.ExitStack() as stack:
+        stores = [
+            stack.enter_context(FlashRig(text, room(blocks, size), force=settings.force, steps=steps))
+            for text in _flash_paths(settings)
+        ]
         steps.now("starting")
-        with Nodes(settings.wish, memory=memory, block_bytes=size, count=settings.nodes_count) as nodes:
+
+        def more(number: int) -> Sequence[str]:
+            grace = ["--grace-ms", str(settings.grace_ms)]
+            return [*stores[number].flags, *grace] if stores else ()
+
+        with Nodes(
+            settings.wish, memory=memory, block_bytes=size, count=settings.nodes_count, more=more
+        ) as nodes:
             args = (nodes.addresses, settings, salt, due.longest, due.distinct)
             players: list[Child] = []
             try:
@@ -179,17 +203,72 @@ def run(settings: Settings) -> tuple[dict[str, Any], list[Row], list[str]]:
                 head = [player.ask() for player in players].pop()
                 head |= {"trace": name, "nodes": len(nodes.addresses), "peers": settings.peers}
                 limits = _Limits(nodes, settings, salt)
+                tiers = _Tiers(nodes, settings, salt) if stores else None
+                for store in stores:
+                    head |= store.heading()
+                if tiers:
+                    head |= tiers.stats.heading() | {"grace": f"{settings.grace_ms} ms"}
                 limits.measure()
                 outcomes = _requests(requests, players, steps)
+                staged = tiers.since() if tiers else None
                 steps.add(3)
                 again = _again(requests, players, nodes, steps)
+                staged_again = tiers.since() if tiers else None
                 limits.measure()
                 limits.close()
+                if tiers:
+                    tiers.close()
             finally:
                 for player in players:
                     player.close()
     rows = _rows(requests, outcomes, due, again, limits, size)
+    if staged is not None and staged_again is not None:
+        _by_tier(rows[0], sum(o.get.hits for o in outcomes), staged, size)
+        everything = next(row for row in rows if row.what == "get everything")
+        _by_tier(everything, (everything.hits or 0) + again.warm_hits, staged_again, size)
     return head, rows, _notes(settings)
+
+
+def _flash_paths(settings: Settings) -> list[str]:
+    """One for each own node: several get PATH.0, PATH.1, …"""
+    if not settings.flash:
+        return []
+    if settings.nodes_count == 1:
+        return [settings.flash]
+    path, colon, size = settings.flash.rpartition(":")
+    if not (colon and size[:1].isdigit()):
+        path, colon, size = settings.flash, "", ""
+    return [f"{path}.{i}{colon}{size}" for i in range(settings.nodes_count)]
+
+
+class _Tiers:
+    """Blocks that the nodes have brought from flash, from look to look."""
+
+    def __init__(self, nodes: Nodes, settings: Settings, salt: str) -> None:
+        self._peer = open_peer(
+            nodes.addresses, settings.wish, f"replay-{salt}", settings.block_bytes, channels=1
+        )
+        self.stats = FlashStats(self._peer)
+        self._seen = self.stats.read()["staged_blocks"]
+
+    def since(self) -> int:
+        """Blocks staged since the last call."""
+        before, self._seen = self._seen, self.stats.read()["staged_blocks"]
+        return self._seen - before
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+def _by_tier(row: Row, hits: int, staged: int, size: int) -> None:
+    """Divides a row's hits; a block staged for nobody any more counts for none."""
+    flash = min(hits, staged)
+    row.extra |= {
+        "hits_memory": hits - flash,
+        "hits_flash": flash,
+        "bytes_memory": (hits - flash) * size,
+        "bytes_flash": flash * size,
+    }
 
 
 def _share(blocks: int, nodes: int) -> int:
@@ -214,6 +293,7 @@ class _Again:
     seconds: float
     busy: Usage | None
     idle: Usage | None
+    warm_hits: int  # of the pass before, which is not timed
 
 
 def _again(requests: Sequence[trace.Request], players: Sequence[Child], nodes: Nodes, steps: Steps) -> _Again:
@@ -247,7 +327,8 @@ def _again(requests: Sequence[trace.Request], players: Sequence[Child], nodes: N
         time.sleep(seconds)
     idle = used() - before
     steps.done()
-    return _Again(sample, seconds, busy if nodes.own else None, idle if nodes.own else None)
+    own = bool(nodes.own)
+    return _Again(sample, seconds, busy if own else None, idle if own else None, warm.hits)
 
 
 class _Limits:
@@ -379,6 +460,8 @@ def _notes(settings: Settings) -> list[str]:
         "Requests one after another in the trace's order, peers taking turns; hits: leading blocks held.",
         "GB/s and µs: of the calls alone; ratio: to the limit, with blocks of the same size.",
     ]
+    if settings.flash:
+        notes.append("hits by tier: flash: brought from there for the get. get everything: both passes.")
     if settings.verify:
         notes.append("Every byte of every hit was compared with its key; mismatches must be 0.")
     return notes

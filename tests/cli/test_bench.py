@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from memkv.cli import lanes, pattern, perftest, redis, trace
+from memkv.cli import fio, lanes, pattern, perftest, redis, trace
 from memkv.cli.bench import main
 from memkv.cli.compare import Contestant, contest, median_ratio
 from memkv.cli.report import Steps, percentiles
@@ -164,6 +164,90 @@ def test_replay_spreads_over_nodes() -> None:
     (totals,) = rows(result, "replay")
     assert result["heading"]["nodes"] == 2
     assert totals["hits"] == totals["expected_hits"]
+
+
+# --- flash ---
+
+SMALL = ["--memory", "16m", "--seconds", "0.1", "--rounds", "1", "--batch", "4", "--put-bytes", "8m"]
+
+
+def test_flash_has_every_contestant_and_leaves_nothing(fabric_name: str, tmp_path: Path) -> None:
+    args = ["--fabric", fabric_name, "--flash", str(tmp_path / "f"), "--sizes", "64k,256k", *SMALL]
+    result = bench("flash", *args)
+
+    for what in ("stage", "staged get", "get from memory", "put to flash", "put, written behind"):
+        found = rows(result, what)
+        assert [row["size"] for row in found] == [65536, 262144]
+        for row in found:
+            assert row["hits"] > 0
+            assert row["misses"] == 0
+            assert row["gbps"] > 0
+            assert (row["ratio"] is None) == bool(fio.available())
+    for what in ("fio randread", "fio write"):
+        assert all(row.get("note", "") == fio.available() for row in rows(result, what))
+    assert {"flash", "flash engine", "arena pages", "grace", "fio"} <= set(result["heading"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_restarted_node_has_every_block_again(tmp_path: Path) -> None:
+    args = ["--fabric", "tcp", "--flash", str(tmp_path / "f"), "--size", "64k", "--blocks", "300"]
+    result = bench("restart", *args, "--rounds", "1")
+
+    for what in ("snapshot", "scan"):
+        (row,) = rows(result, what)
+        assert (row["blocks"], row["hits"], row["misses"]) == (300, 300, 0)
+        assert 0 < row["serves_s"] < row["first_s"] <= row["found_s"]
+    (row,) = rows(result, "empty")
+    assert row["serves_s"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["flash", "--flash", "{there}"], "--force"),
+        (["flash", "--flash", "{new}", "--memory", "16m", "--working-set", "16m"], "--working-set"),
+        (["flash", "--flash", "{new}", "--memory", "16m", "--batch", "64"], "--batch"),
+        (["flash", "--flash", "{new}:64m", "--memory", "128m"], "too small"),
+        (["flash", "--flash", "{new}", "--nodes", "h:1"], "--nodes"),
+        (["restart", "--flash", "{there}"], "--force"),
+        (["restart", "--flash", "{new}", "--nodes", "h:1"], "--nodes"),
+        (["replay", "--flash", "{new}", "--nodes", "h:1"], "--nodes"),
+    ],
+)
+def test_flash_is_not_taken_where_it_cannot_be(args: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"something")
+    names = {"there": str(tmp_path / "there"), "new": str(tmp_path / "new")}
+    done = CliRunner().invoke(main, [arg.format(**names) for arg in args])
+
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_bytes() == b"something"
+
+
+def test_replay_tells_the_tier_of_every_hit(tmp_path: Path) -> None:
+    args = ["--fabric", "tcp", "--requests", "100", "--block-bytes", "64k", "--memory", "8m"]
+    result = bench("replay", *args, "--flash", str(tmp_path / "f"))
+
+    (totals,) = rows(result, "replay")
+    assert totals["distinct"] * 65536 > 16 << 20, "too little to leave the memory"
+    assert totals["hits"] == totals["expected_hits"]
+    assert totals["hits_memory"] + totals["hits_flash"] == totals["hits"]
+    assert totals["bytes_memory"] + totals["bytes_flash"] == totals["bytes_got"]
+    (again,) = rows(result, "get everything")
+    assert again["misses"] == 0
+    assert again["hits_flash"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_fio_output_is_understood() -> None:
+    text = 'a warning\n{"jobs": [{"read": {"io_bytes": 4096, "runtime": 2}}]}'
+
+    assert fio.parse(text, "read") == fio.Outcome(4096, 2_000_000)
+    assert fio.parse(text, "write").note
+    assert fio.parse("nothing", "read").note
 
 
 def test_a_table_names_the_machine_and_the_rows() -> None:
