@@ -241,7 +241,8 @@ def test_power_cuts_at_any_moment(tmp_path: Path, power: Power, devices: int, ev
     story = tell(tmp_path, power, 40 + devices, 15, devices, evicts)
     assert story.checked
     print(
-        f"{story.cuts} cuts, {story.in_start} in a start, {story.in_table} in a table, {story.checked} looked at"
+        f"{story.cuts} cuts, {story.in_start} in a start, {story.in_table} in a table,"
+        f" {story.checked} looked at"
     )
     if not evicts:
         assert story.durable > 15
