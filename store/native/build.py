@@ -1,20 +1,21 @@
 """Builds ``memkv.store.native._store`` through cffi; setup.py runs it from the root of the repository.
 
-The declarations that Python sees are cut out of the C headers (the parts marked ``cdef``), so that they
-cannot drift apart from what the compiler sees.
+The declarations that Python sees are the parts of the C headers marked ``cdef`` (cdef.py cuts them out).
 """
 
 import os
-import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 import tempfile
-from pathlib import Path
 
 from cffi import FFI
 
 HERE = "memkv/store/native"
+sys.path.insert(0, "memkv/rdma/native")
+from cdef import declarations  # type: ignore[import-not-found]  # noqa: E402
+
 # Order matters: a type is declared before it is used.
 HEADERS = ["layout.h", "store.h", "checksum.h", "index.h", "put.h", "flashio.h", "flash.h"]
 SOURCES = [
@@ -52,18 +53,6 @@ SOURCES = [
     "flash_check.c",
 ]
 
-_MARKED = re.compile(r"^/\* cdef \*/\n(.*?)^/\* end cdef \*/\n", re.MULTILINE | re.DOTALL)
-_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_EXPRESSION = re.compile(r"^#define\s+(MKV_\w+)\s+\(.*\)\s*$", re.MULTILINE)
-
-
-def declarations(header: Path) -> str:
-    """The marked parts of a header, without comments; the compiler works out constant expressions."""
-    marked = "".join(_MARKED.findall(header.read_text(encoding="utf-8")))
-    if not marked:
-        raise ValueError(f"{header}: no part is marked /* cdef */ … /* end cdef */")
-    return _EXPRESSION.sub(r"#define \1 ...", _COMMENT.sub("", marked))
-
 
 def has_liburing() -> bool:
     """Whether the static liburing can be linked into an extension, which then needs none where it runs.
@@ -99,20 +88,13 @@ uint64_t mkv_location_offset(uint64_t loc);
 """
 
 ffi = FFI()
-for name in HEADERS:
-    ffi.cdef(declarations(Path(HERE, name)))
-ffi.cdef(INLINES)
+ffi.cdef(declarations(*(f"{HERE}/{name}" for name in HEADERS)) + INLINES)
 ffi.set_source(
     "memkv.store.native._store",
     "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[f"{HERE}/{name}" for name in SOURCES],
-    depends=[*(f"{HERE}/{name}" for name in HEADERS), f"{HERE}/checksum_body.h"],
     include_dirs=[HERE, "memkv/rdma/native"],
-    extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
     define_macros=[("MKV_LIBURING", "1")] if LIBURING else [],
     libraries=["pthread", *([":liburing.a"] if LIBURING else [])],
     extra_link_args=["-Wl,--exclude-libs,liburing.a"],  # its symbols stay inside
 )
-
-if __name__ == "__main__":
-    ffi.compile(verbose=True)
