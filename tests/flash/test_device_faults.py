@@ -55,6 +55,11 @@ def test_a_read_error_costs_the_block_and_no_other(
     assert health_of(node) == (True, "serving")
 
 
+def is_degraded(node: NodeThread) -> bool:
+    ok, reason = health_of(node)
+    return ok and reason.startswith("serving, degraded")
+
+
 def test_a_wrong_bit_on_the_way_is_no_hit(start: Callable[..., NodeThread], connect: Connect) -> None:
     node = start()
     peer = connect(node)

@@ -1,4 +1,4 @@
-"""A block moves between device and memory past the page cache, once: what the kernel counts is its payload."""
+"""A block moves between device and memory once, past the page cache: what the kernel counts is its bytes."""
 
 from __future__ import annotations
 
