@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,12 +76,10 @@ class Lane:
         sample = Sample()
         keys = self._new(len(self.keys))
         pattern.fill(self.rows, keys, self._common)
-        statuses = []
+        carry_out = self._put_deep if self.plan.depth > 1 else self._put_one_by_one
+        batches = self._batches(keys, 0)
         start = clock()
-        for some, slices in self._batches(keys, 0):
-            before = clock()
-            statuses.append(self.peer.put_from(some, slices, timeout=TIMEOUT))
-            sample.times_us.append((clock() - before) / 1000)
+        statuses = carry_out(batches, sample.times_us)
         sample.ns = clock() - start
         sample.judge(np.concatenate(statuses), GOOD_PUT)
         sample.nbytes = sample.hits * self.plan.size
@@ -165,6 +163,30 @@ class Lane:
         self, batches: Sequence[tuple[Keys, Any]], cold: bool, checksum: bool, times_us: list[float]
     ) -> list[Statuses]:
         """The same with several batches under way."""
+        get = self.peer.aio.get_into
+        return self._several(
+            batches, lambda keys, slices: get(keys, slices, timeout=TIMEOUT, checksum=checksum), times_us
+        )
+
+    def _put_one_by_one(self, batches: Sequence[tuple[Keys, Any]], times_us: list[float]) -> list[Statuses]:
+        statuses = []
+        for keys, slices in batches:
+            before = clock()
+            statuses.append(self.peer.put_from(keys, slices, timeout=TIMEOUT))
+            times_us.append((clock() - before) / 1000)
+        return statuses
+
+    def _put_deep(self, batches: Sequence[tuple[Keys, Any]], times_us: list[float]) -> list[Statuses]:
+        put = self.peer.aio.put_from
+        return self._several(batches, lambda keys, slices: put(keys, slices, timeout=TIMEOUT), times_us)
+
+    def _several(
+        self,
+        batches: Sequence[tuple[Keys, Any]],
+        call: Callable[[Keys, Any], Awaitable[Statuses]],
+        times_us: list[float],
+    ) -> list[Statuses]:
+        """``call`` for each batch, ``depth`` of them under way."""
         statuses: list[Statuses] = [np.zeros(0, np.uint8)] * len(batches)
         todo = list(enumerate(batches))[::-1]
 
@@ -172,7 +194,7 @@ class Lane:
             while todo:
                 i, (keys, slices) = todo.pop()
                 before = clock()
-                statuses[i] = await self.peer.aio.get_into(keys, slices, timeout=TIMEOUT, checksum=checksum)
+                statuses[i] = await call(keys, slices)
                 times_us.append((clock() - before) / 1000)
 
         async def all_of_them() -> None:
