@@ -23,7 +23,8 @@ from ..config import FlashPath
 from ..layout import SLAB_MAX_BYTES
 from ..native._store import ffi, lib
 from . import format as f
-from .store import FlashStore, Records
+from .opened import Records
+from .store import FlashStore
 from .tenant import Tenant
 
 log = logging.getLogger("memkv.flash")

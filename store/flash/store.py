@@ -19,63 +19,23 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...rdma.errors import DeviceError, LocalError, MemKVError
+from ...rdma.errors import DeviceError, LocalError
 from ..config import FlashPath
 from ..native._store import ffi, lib
 from . import format as f
 from .device import Device
 from .marks import Mark, begun, gone_on, mark_of, standing
+from .opened import OpenDevice, Records, pack_table, read_names, read_snapshot
 from .prepare import Progress, prepare
 
 log = logging.getLogger("memkv.flash")
 
-Records = npt.NDArray[np.void]
 DEPTH = 128  # requests at each device at once
 RESERVE = 64  # one of so many segments is kept for size classes that have none
-
-
-@dataclass(eq=False)
-class OpenDevice:
-    """A device in use. ``records`` are what its snapshot held, until the namespaces have taken them; None:
-    its segments have to be scanned.
-    """
-
-    device: Device
-    super: f.Superblock
-    io: int  # index in the I/O engine
-    segments: dict[int, f.Segment]
-    records: Records | None
-    failed: str = ""
-    turn: int = field(default=0)
-
-    @property
-    def usable(self) -> int:
-        """Segments that lie within the device as it is now (it may have been truncated)."""
-        whole = (self.device.nbytes - self.super.data_at) // self.super.segment_bytes
-        return int(max(0, min(self.super.segments, whole)))
-
-    @property
-    def free(self) -> int:
-        """Segments that nobody has."""
-        return 0 if self.failed else max(0, self.usable - len(self.segments))
-
-    def takes(self, payload: int, align: int) -> bool:
-        """Whether blocks of this size class can lie here."""
-        return align % self.device.sector == 0 and align + payload <= self.super.segment_bytes
-
-    def span(self, segment: f.Segment) -> Any:
-        """The segment as C knows it."""
-        out = ffi.new("struct mkv_segment *")
-        out.offset = self.super.segment_offset(segment.number)
-        out.bytes, out.epoch, out.payload = self.super.segment_bytes, segment.epoch, segment.payload
-        out.device, out.number = self.io, segment.number
-        return out
 
 
 class FlashStore:
@@ -280,7 +240,7 @@ class FlashStore:
             log.error("flash %s: %d segments are lost", d.device.path, len(gone))
             for number in gone:
                 del d.segments[number]
-            self._write(d, d.super.segments_at, _pack_table(d.super, d.segments))
+            self._write(d, d.super.segments_at, pack_table(d.super, d.segments))
 
     def _begin_one(self, device: Device, block: f.Superblock, was_there: bool) -> None:
         segments: dict[int, f.Segment] = {}
@@ -289,13 +249,13 @@ class FlashStore:
             table = device.read(block.segments_at, block.snapshot_at - block.segments_at)
             table = table[: block.segments * f.SEGMENT.itemsize]
             segments = {s.number: s for s in f.parse_segments(table, block.secret)}
-            names = _read_names(device, block)
+            names = read_names(device, block)
             if names and names[0] >= self._names_generation:
                 self._names_generation, self.names = names[0], {n.id: n for n in names[1]}
-            records = _read_snapshot(device, block) if block.clean else None
+            records = read_snapshot(device, block) if block.clean else None
         else:
             log.error("flash %s was away while the store went on: it begins empty", device.path)
-            device.write(block.segments_at, _pack_table(block, segments))
+            device.write(block.segments_at, pack_table(block, segments))
         io = lib.mkv_flashio_device(self.io, os.dup(device.fd))
         if io < 0:
             raise DeviceError(f"{device.path}: the I/O engine refuses it", -io)
@@ -507,33 +467,3 @@ class FlashStore:
         """Which devices are out, and why; empty if none is."""
         out = [f"{d.device.path}: {d.failed}" for d in self.devices if d.failed]
         return "; ".join(out + [f"{path}: {why}" for path, why in self.unusable.items()])
-
-
-def _pack_table(block: f.Superblock, segments: dict[int, f.Segment]) -> bytes:
-    """A device's whole segment table."""
-    table = b"".join(f.pack_segment(segments.get(n), block.secret) for n in range(block.segments))
-    return table.ljust(block.snapshot_at - block.segments_at, b"\0")
-
-
-def _read_names(device: Device, block: f.Superblock) -> tuple[int, list[f.Name]] | None:
-    both = [device.read(block.names_at + i * f.NAMES_BYTES, f.NAMES_BYTES) for i in (0, 1)]
-    whole = [t for t in (f.parse_names(raw, block.secret) for raw in both) if t is not None]
-    return max(whole, key=lambda t: t[0], default=None)
-
-
-def _read_snapshot(device: Device, block: f.Superblock) -> Records | None:
-    """The records of a clean device; None: it has to be scanned."""
-    try:
-        page = device.read(block.snapshot_at, f.PAGE)
-        count = f.snapshot_count(page, block.snapshot, block.secret)
-        if count is None:
-            return np.zeros(0, f.RECORD) if block.boot == 0 else None
-        length = -(-count * f.RECORD.itemsize // f.PAGE) * f.PAGE
-        body = device.read(block.snapshot_at + f.PAGE, length) if length else b""
-        records = f.parse_snapshot(page, body, block.secret)
-    except MemKVError as exc:
-        log.error("flash %s: no snapshot: %s", device.path, exc)
-        return None
-    if records is None:
-        log.error("flash %s: the snapshot is damaged", device.path)
-    return records

@@ -14,7 +14,8 @@ import numpy as np
 from ..layout import BUCKET_SLOTS
 from ..native._store import ffi, lib
 from . import format as f
-from .store import FlashStore, OpenDevice, Records
+from .opened import OpenDevice, Records
+from .store import FlashStore
 
 log = logging.getLogger("memkv.flash")
 

@@ -20,7 +20,8 @@ import numpy as np
 from ..native._store import lib
 from ..staging import Staging
 from . import format as f
-from .store import FlashStore, Records
+from .opened import Records
+from .store import FlashStore
 from .tenant import Tenant
 
 log = logging.getLogger("memkv.flash")
