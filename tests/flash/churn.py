@@ -278,7 +278,7 @@ class Worker(threading.Thread):
             if time.monotonic() > until:
                 self.wrong.append(f"no answer about blocks {left.tolist()} within {patience:g} s")
                 return
-            time.sleep(0.01 if len(left) else 0)
+            time.sleep(0.05 if len(left) else 0)
 
     # --- notes ---
 

@@ -102,7 +102,7 @@ class Machine(FlashSpace):
             if known is None:
                 self.store.remember(self.tenant.name)
             else:
-                self.tenant.restore(self._larger)
+                self.tenant.restore()
         except BaseException:
             self._end()
             raise
@@ -114,8 +114,9 @@ class Machine(FlashSpace):
         self.grow_table()
         self.drop_tables()
 
-    def serve_segments(self) -> None:
+    def serve_segments(self) -> bool:
         self.tenant.grow()
+        return False
 
     def scanning(self) -> int:
         if lib.mkv_ns_chores(self.ns) & lib.MKV_CHORE_TABLE:
