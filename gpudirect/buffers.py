@@ -16,8 +16,8 @@ from ..rdma.errors import LocalError
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A span of memory. ``owner`` keeps it alive and where it is (a view: nobody can resize it meanwhile); None
-    where the caller has to see to that (pointer and size).
+    """A span of memory. ``owner`` keeps it alive and where it is (a view: nobody can resize it meanwhile);
+    None where the caller has to see to that (pointer and size).
     """
 
     address: int

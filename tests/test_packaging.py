@@ -133,7 +133,6 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tree, "sdist", tmp_path_factory.mktemp("sdist"))
 
 
-@pytest.mark.slow
 @needs_build
 def test_wheel_has_every_module_and_nothing_of_the_build(wheel: Path, tree: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -152,7 +151,6 @@ def test_wheel_has_every_module_and_nothing_of_the_build(wheel: Path, tree: Path
     assert not [n for n in names if n.split("/")[0] not in ("memkv", f"memkv-{__version__}.dist-info")]
 
 
-@pytest.mark.slow
 @needs_build
 def test_core_needs_nothing_but_libc(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -163,7 +161,6 @@ def test_core_needs_nothing_but_libc(wheel: Path, tmp_path: Path) -> None:
         assert set(needed) <= {"libc.so.6", "libpthread.so.0", "libdl.so.2"}, core
 
 
-@pytest.mark.slow
 @needs_build
 def test_sdist_has_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as tar:
@@ -188,7 +185,6 @@ def test_sdist_has_what_a_build_needs(sdist: Path) -> None:
     ]
 
 
-@pytest.mark.slow
 @needs_build
 def test_wheel_of_the_sdist_has_the_same_files(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     shutil.unpack_archive(sdist, tmp_path)
@@ -225,7 +221,6 @@ main(["doctor", "--fabric", "tcp"], prog_name="memkv-node")
 """
 
 
-@pytest.mark.slow
 @needs_build
 def test_wheel_in_an_empty_environment_runs_where_there_is_no_rdma(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
@@ -240,7 +235,6 @@ def test_wheel_in_an_empty_environment_runs_where_there_is_no_rdma(wheel: Path, 
     assert "libibverbs  absent" in out
 
 
-@pytest.mark.slow
 @needs_build
 def test_editable_install_leaves_the_core_in_the_tree(tree: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tree"
@@ -279,7 +273,6 @@ def test_build_without_cffi_says_so(tree: Path, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].endswith("pip install cffi setuptools wheel")
 
 
-@pytest.mark.slow
 @needs_build
 def test_sanitized_build_carries_both_sanitizers(tree: Path, tmp_path: Path) -> None:
     done = build_ext(tree, tmp_path, MEMKV_SANITIZE="1")

@@ -41,8 +41,8 @@ int mkv_index_find(const struct mkv_index *ix, const uint8_t key[16], struct mkv
 int mkv_index_room(struct mkv_index *ix, const uint8_t key[16]);
 /* Inserts an entry, whose location must not be zero or moved. Errors as above. */
 int mkv_index_insert(struct mkv_index *ix, const struct mkv_slot *entry);
-/* Changes the entry of that key in place, between LIVE and FLASH or to another place on flash; its location must
- * not be moved. 0 or -ENOENT. */
+/* Changes the entry of that key in place, between LIVE and FLASH or to another place on flash; its location
+ * must not be moved. 0 or -ENOENT. */
 int mkv_index_change(struct mkv_index *ix, const struct mkv_slot *entry);
 /* Takes an entry and its moved copies out of sight. 0 or -ENOENT. */
 int mkv_index_remove(struct mkv_index *ix, const uint8_t key[16]);

@@ -130,8 +130,7 @@ def test_a_domain_serves_its_own_regions_only(pair: Pair) -> None:
 
 
 def test_the_deadline_ends_a_batch_and_nothing_is_written_afterwards(pair: Pair) -> None:
-    """A READ that is under way when the deadline passes: its memory is ours again once the status is there.
-    """
+    """A READ may be under way when the deadline passes: its memory is ours once the status is there."""
     channel = pair.connect()
     count = 4000
     reads = pair.reads(np.arange(count) % 8 << 20, 1 << 20)

@@ -95,7 +95,9 @@ class Room:
         lib.mkv_ns_slab_ready(self.ns, span.id)
         return int(span.id)
 
-    def start(self, channel: FakeChannel, n: int, seconds: float, credit: int = 1 << 20, durable: int = 0) -> Any:
+    def start(
+        self, channel: FakeChannel, n: int, seconds: float, credit: int = 1 << 20, durable: int = 0
+    ) -> Any:
         """Readies the job for n blocks; returns the statuses as they will be."""
         channel.places = self.places
         status = np.zeros(n, np.uint8)
