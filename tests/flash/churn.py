@@ -198,7 +198,7 @@ class Worker(threading.Thread):
                     self.wrong.append(f"block {id}: put {put} {Status(s).name}, but nothing can be there")
             if s in (Status.STORED, Status.EXISTS):
                 ledger.held[id] = max(int(ledger.held[id]), DURABLE if durable else VOLATILE)
-            elif s not in UNKNOWN:
+            elif s not in UNKNOWN and not (s == Status.MISS and ledger.rules.evicts):  # gone again already
                 self.wrong.append(f"block {id}: put {put} ended {Status(s).name}")
 
     def delete(self) -> None:
