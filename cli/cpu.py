@@ -23,6 +23,7 @@ from .lanes import TIMEOUT, Lane
 from .report import Row
 
 BATCHES = (1, 16, 64, 256, 1024)
+SURE_SECONDS = 0.2  # of system time; a kernel that counts no user time beside so much does not count it
 AT_ONCE = 64  # calls between two looks at the clock, fewer of large batches
 
 
@@ -93,11 +94,16 @@ def rows(size: int, costs: list[Cost]) -> list[Row]:
         row = Row(what=f"cpu of a get of {cost.batch}", size=size, batch=cost.batch)
         row.hits, row.misses = cost.hits, 0
         row.errors = max(0, cost.blocks - cost.hits)  # they are all there
+        if cost.user_s == 0.0 and cost.system_s > SURE_SECONDS:
+            row.note = "this kernel counts all processor time as its own"
+            out.append(row)
+            continue
         row.extra["user_us_a_block"] = median(cost.user_us) if cost.user_us else None
         row.extra["kernel_us_a_block"] = cost.system_s * 1e6 / max(1, cost.blocks)
         row.extra["user_us_a_call"] = cost.call_us
         out.append(row)
     first, last = costs[0], costs[-1]
-    slope = (last.call_us - first.call_us) / (last.batch - first.batch)
-    out[-1].extra["user_us_each_block_more"] = slope
+    if "user_us_a_call" in out[0].extra and "user_us_a_call" in out[-1].extra:
+        slope = (last.call_us - first.call_us) / (last.batch - first.batch)
+        out[-1].extra["user_us_each_block_more"] = slope
     return out
