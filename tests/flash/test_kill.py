@@ -154,7 +154,7 @@ def test_the_same_over_verbs(torment: Callable[..., Torment]) -> None:
     run(torment(ROOMY, 2), 3)
 
 
-@pytest.mark.slow  # about eight minutes: two seconds a kill
+@pytest.mark.slow  # 240 kills, eight to eleven minutes: two to three seconds a kill
 @pytest.mark.parametrize("fabric_name", ["tcp"], indirect=True)
 @pytest.mark.parametrize("sizes", [ROOMY, TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("seed", [11, 12])

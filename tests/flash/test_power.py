@@ -312,7 +312,7 @@ def test_a_put_during_the_scan_does_not_cost_the_durable_block(tmp_path: Path) -
         assert got == payload
 
 
-@pytest.mark.slow  # about five minutes
+@pytest.mark.slow  # 800 cuts, a minute
 @pytest.mark.parametrize("evicts", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("seed", range(100, 110))
