@@ -99,7 +99,7 @@ struct mkv_flash_record { /* 64 B: one block on flash, as the snapshot keeps it 
     uint64_t offset; /* of the header page, on the device */
     uint32_t device; /* flashio's index now; identity in the file */
     uint32_t length;
-    uint32_t flags; /* bit 0: visited */
+    uint32_t flags; /* bit 0: visited; bit 1: its payload was not verified since a scan found it */
     uint32_t namespace_id;
     uint32_t spare[2];
 };
@@ -118,7 +118,7 @@ void mkv_ns_flash_stats(struct mkv_ns *ns, struct mkv_ns_flash_stats *out);
 
 /* Whether a block that mkv_fill_publish stored (or found) is on stable media: MKV_DONE; MKV_PENDING: it is on
  * its way, and was demanded by this call; MKV_ERROR_DEVICE: it could not be written; MKV_MISS: deleted
- * meanwhile. */
+ * meanwhile, or found by a scan and now found to be torn: who has the payload puts it again. */
 int mkv_ns_durable(struct mkv_ns *ns, const uint8_t key[16]);
 
 /* --- staging: flash to DRAM, for a batch of keys --- */

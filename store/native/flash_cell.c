@@ -116,6 +116,7 @@ void mkv_cell_hold(struct mkv_ns *ns, struct mkv_cell *cell) {
     cell->visited = 0;
     cell->pins = 0;
     cell->bad = 0;
+    cell->doubtful = 0;
     mkv_seg_of(ns, cell)->live_bytes += cell->length;
     nf->n.blocks++;
     nf->n.bytes += cell->length;

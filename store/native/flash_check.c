@@ -79,6 +79,7 @@ static int check_held(struct mkv_ns *ns, const struct mkv_cell *cell, struct sum
     }
     CHECK(!e || (e->cell == cell && !memcmp(e->key, cell->key, 16) && e->length == cell->length));
     CHECK(!e || e->checksum == cell->checksum);
+    CHECK(!cell->doubtful || !e || e->state == MKV_EXTENT_STAGING);
     CHECK(cell->length && cell->length <= mkv_seg_of(ns, cell)->is.payload && cell->sequence);
     return 0;
 }

@@ -61,8 +61,9 @@ struct mkv_cell { /* 88 B: what the node knows of one extent on flash */
     uint32_t pins;    /* of blocks that were in flash only when they were pinned */
     uint8_t state;
     uint8_t visited;
-    uint8_t bad; /* DOOMED, ZEROING: DEAD afterwards */
-    uint8_t spare;
+    uint8_t bad;      /* DOOMED, ZEROING: DEAD afterwards */
+    uint8_t doubtful; /* HELD: only its header was looked at, the payload may be torn; then dram is NULL or
+                         STAGING */
 };
 
 struct mkv_cells {
@@ -300,6 +301,8 @@ uint64_t mkv_cold_check(const struct mkv_cold *cold, uint64_t secret);
 void mkv_stage_pump(struct mkv_ns *ns, uint64_t max);
 void mkv_stage_tick(struct mkv_ns *ns);
 void mkv_stage_drop(struct mkv_ns *ns, struct mkv_cell *cell, uint8_t status); /* its read is in vain */
+/* Begins to read the block of a doubtful cell, for nobody, if that is not done yet and can be now. */
+void mkv_stage_verify(struct mkv_ns *ns, struct mkv_cell *cell);
 /* A STAGED extent becomes the block's LIVE one. */
 void mkv_promote(struct mkv_ns *ns, struct mkv_extent *e);
 

@@ -11,7 +11,8 @@
  * highest of several images of a key; the others are STALE
  *
  * What is believed is the header only. The payload behind it may be torn, since nothing orders the sectors of
- * one write: it is verified when it is first staged, or by mkv_ns_scrub, and before that no peer sees it.
+ * one write: it is verified when it is first staged, or by mkv_ns_scrub, and before that no peer sees it. Nor
+ * is it durable before: until then its cell is doubtful, and who asks for durability has it verified.
  *
  * While the scan goes on, the namespace works: cells become free and blocks appear one by one, and a key
  * that has not been found yet is a miss. A block that is put meanwhile wins over what is found of it later,
@@ -116,6 +117,7 @@ void mkv_cell_adopt(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_f
         mkv_flush_next(ns->flash->f, mkv_seg_of(ns, cell)->is.device); /* who knows what was flushed */
     mkv_cell_hold(ns, cell);
     cell->visited = r->flags & 1;
+    cell->doubtful = r->flags >> 1 & 1;
     MKV_COUNT(ns->flash->f, recovered, 1);
 }
 
@@ -155,7 +157,7 @@ static void replace(struct mkv_ns *ns, const struct mkv_place *p, struct mkv_cel
 /* 0, or -EAGAIN: the index has no room for it now. */
 static int found(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_cold *cold) {
     struct mkv_flash_record r = {
-        .checksum = cold->checksum, .sequence = cold->sequence, .length = cold->length};
+        .checksum = cold->checksum, .sequence = cold->sequence, .length = cold->length, .flags = 2};
     struct mkv_place p;
     memcpy(r.key, cold->key, sizeof r.key);
     int deleted = is_tomb(&ns->flash->tombs, r.key);

@@ -46,6 +46,13 @@ static int is_good(struct mkv_ns *ns, const struct subject *x, const uint8_t *im
            mkv_checksum(image + ns->align, x->length) == x->checksum;
 }
 
+static void believe(struct mkv_ns *ns, const struct subject *x) {
+    pthread_mutex_lock(&ns->lock);
+    if (x->cell->state == MKV_CELL_HELD && x->cell->sequence == x->sequence)
+        x->cell->doubtful = 0;
+    pthread_mutex_unlock(&ns->lock);
+}
+
 /* Whether the block was dropped (or is written anew). */
 static int drop(struct mkv_ns *ns, const struct subject *x, int result) {
     pthread_mutex_lock(&ns->lock);
@@ -79,6 +86,8 @@ uint64_t mkv_ns_scrub(struct mkv_ns *ns, uint64_t cursor, uint32_t max, uint64_t
         ++*checked;
         if (result || !is_good(ns, &x, image))
             *bad += (uint64_t)drop(ns, &x, result);
+        else
+            believe(ns, &x);
     }
     free(image);
     mkv_flash_after(ns->flash->f);

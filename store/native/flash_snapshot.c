@@ -24,7 +24,7 @@ uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, ui
                                                    .offset = mkv_cell_offset(ns, cell),
                                                    .device = s->is.device,
                                                    .length = cell->length,
-                                                   .flags = cell->visited,
+                                                   .flags = cell->visited | cell->doubtful << 1,
                                                    .namespace_id = ns->id};
                 memcpy(out[n].key, cell->key, sizeof out[n].key);
             }

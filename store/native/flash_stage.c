@@ -121,6 +121,7 @@ static void appear(struct mkv_ns *ns, struct mkv_op *op) {
     mkv_write_line(s, e);
     e->state = MKV_EXTENT_STAGED;
     e->write = MKV_CLEAN;
+    op->cell->doubtful = 0;
     s->filling--;
     s->cls->filling--;
     s->live++;
@@ -185,8 +186,8 @@ void mkv_stage_drop(struct mkv_ns *ns, struct mkv_cell *cell, uint8_t status) {
     cell->dram = NULL;
 }
 
-/* Begins to read the block of a cell for an item. 0: there is no extent, or no op. `tried`: classes that have
- * no extent now, as bits. */
+/* Begins to read the block of a cell for an item, or for nobody (NULL). 0: there is no extent, or no op.
+ * `tried`: classes that have no extent now, as bits. */
 static int start(struct mkv_ns *ns, struct mkv_cell *cell, struct mkv_item *it, struct mkv_batch *batch,
                  uint64_t *tried) {
     struct mkv_class *c = mkv_class_of(ns, cell->length);
@@ -220,15 +221,17 @@ static int start(struct mkv_ns *ns, struct mkv_cell *cell, struct mkv_item *it, 
     op->e = e;
     op->length = cell->length;
     op->checksum = cell->checksum;
-    op->publish = it->stage->prefetch != 0;
-    op->uses = !op->publish;
+    op->publish = it && it->stage->prefetch;
+    op->uses = it && !it->stage->prefetch;
     op->io.op = MKV_IO_READ;
     op->io.offset = offset;
     op->io.address = (uint64_t)s->base + mkv_extent_offset(s, e) + ns->align;
     op->io.done = staged;
     mkv_extent_io_begin(ns, e, op->number);
-    leave(it);
-    join(&op->waiters, it);
+    if (it) {
+        leave(it);
+        join(&op->waiters, it);
+    }
     mkv_batch_add(op->f, batch, op);
     return 1;
 }
@@ -268,6 +271,14 @@ static int try_item(struct mkv_ns *ns, struct mkv_item *it, struct mkv_batch *ba
         return 1;
     }
     return start(ns, p.cell, it, batch, tried);
+}
+
+void mkv_stage_verify(struct mkv_ns *ns, struct mkv_cell *cell) {
+    struct mkv_batch batch = {.n = 0};
+    uint64_t tried = 0;
+    if (!cell->dram && !mkv_drive_failed(ns->flash->f, mkv_seg_of(ns, cell)->is.device))
+        (void)start(ns, cell, NULL, &batch, &tried);
+    mkv_batch_send(ns->flash->f, &batch);
 }
 
 /* Looks at up to `max` of those who wait for an extent. */

@@ -267,6 +267,10 @@ static int durable(struct mkv_ns *ns, const struct mkv_place *p) {
     }
     if (!p->cell)
         return MKV_ERROR_DEVICE;
+    if (p->cell->doubtful) {
+        mkv_stage_verify(ns, p->cell);
+        return MKV_PENDING;
+    }
     uint32_t device = mkv_seg_of(ns, p->cell)->is.device;
     if (mkv_flush_over(ns->flash->f, device, p->cell->covered))
         return MKV_DONE;

@@ -8,7 +8,9 @@
  *                       └ failed, differs: abandoned ─► FREE
  *
  * In a durable job what is published, and what exists already, goes on to FLUSHING, where its block is looked
- * after until it is on stable media. Such a place holds no extent any more.
+ * after until it is on stable media. Such a place holds no extent any more. If what existed turns out to be
+ * torn by a crash, or was deleted, the place goes to AGAIN, and once through all of this: its source is still
+ * there.
  *
  * An extent is given back only from a place whose READ has completed, because until then a device may write
  * into it. If the device keeps a READ beyond all patience, the job ends `undrained` with its places as they
@@ -30,7 +32,7 @@
 #define FLUSH_CHECK_NS  1000000ull
 #define CANCEL_CHECK_NS 100000000ull
 
-enum { FREE, READING, WAITING, FLUSHING };
+enum { FREE, READING, WAITING, FLUSHING, AGAIN };
 
 struct place {
     struct mkv_fill fill;
@@ -39,6 +41,7 @@ struct place {
     uint32_t state;
     uint32_t next;  /* in the list of free ones */
     uint8_t status; /* FLUSHING: what it will be */
+    uint8_t second; /* begun again */
 };
 
 struct mkv_putjob {
@@ -55,6 +58,7 @@ struct mkv_putjob {
     uint32_t reading; /* places by state */
     uint32_t waiting;
     uint32_t flushing;
+    uint32_t again;
     uint32_t free; /* head of the list; `window`: empty */
     uint32_t window;
     uint32_t cancelled; /* set by another thread */
@@ -88,11 +92,28 @@ static void free_place(struct mkv_putjob *pj, struct place *p, int status) {
     pj->free = (uint32_t)(p - pj->place);
 }
 
+/* What existed does not any more: nothing was promised yet, and its source is still there. */
+static int gone(const struct place *p, int status, int durable) {
+    return durable == MKV_MISS && status == MKV_EXISTS && !p->second;
+}
+
+static void begin_again(struct mkv_putjob *pj, struct place *p) {
+    pj->set_aside -= p->fill.length;
+    p->fill.length = 0;
+    p->state = AGAIN;
+    p->second = 1;
+    pj->again++;
+}
+
 /* The block is in the arena: the put is over, or waits for flash as well. */
 static void settle(struct mkv_putjob *pj, struct place *p, int status) {
     int s = pj->durable && (status == MKV_STORED || status == MKV_EXISTS)
                 ? mkv_ns_durable(pj->ns, key_of(pj, p->index))
                 : MKV_DONE;
+    if (gone(p, status, s)) {
+        begin_again(pj, p);
+        return;
+    }
     if (s != MKV_PENDING) {
         free_place(pj, p, s == MKV_DONE ? status : s);
         return;
@@ -112,7 +133,10 @@ static int settle_some(struct mkv_putjob *pj, uint64_t now) {
         int s = p->state == FLUSHING ? mkv_ns_durable(pj->ns, key_of(pj, p->index)) : MKV_PENDING;
         if (s == MKV_PENDING)
             continue;
-        free_place(pj, p, s == MKV_DONE ? p->status : s);
+        if (gone(p, p->status, s))
+            begin_again(pj, p);
+        else
+            free_place(pj, p, s == MKV_DONE ? p->status : s);
         pj->flushing--;
         progress = 1;
     }
@@ -161,19 +185,44 @@ static int post(struct mkv_putjob *pj, const struct place *p) {
     }
 }
 
+/* Sets an extent aside for a put, or says why not; MKV_ERROR_FULL also while too much is under way. */
+static int set_aside(struct mkv_putjob *pj, uint32_t i, struct mkv_fill *fill, uint64_t now) {
+    uint32_t length = pj->lengths[i];
+    if (pj->job.ch->busy >= pj->job.ch->depth || (pj->set_aside && pj->set_aside + length > pj->credit))
+        return MKV_ERROR_FULL;
+    int s = within(pj, i) ? mkv_fill_begin(pj->ns, key_of(pj, i), length, fill) : MKV_ERROR_BOUNDS;
+    pj->no_room = s == MKV_ERROR_FULL;
+    if (pj->no_room)
+        wait_for_room(pj, now);
+    return s;
+}
+
+/* The place has an extent (MKV_PENDING), or its block exists. */
+static void go_on(struct mkv_putjob *pj, struct place *p, int s, const struct mkv_fill *fill) {
+    if (s == MKV_EXISTS) {
+        p->fill.length = 0;
+        settle(pj, p, s);
+        return;
+    }
+    p->fill = *fill;
+    p->state = READING;
+    pj->set_aside += fill->length;
+    s = post(pj, p);
+    if (s == MKV_PENDING)
+        pj->reading++;
+    else
+        abandon(pj, p, s);
+}
+
 /* Begins the next put: 1 if it was dealt with, 0 if it has to wait. */
 static int begin(struct mkv_putjob *pj, uint64_t now) {
-    uint32_t i = pj->begun, length = pj->lengths[i];
+    uint32_t i = pj->begun;
     struct mkv_fill fill;
-    if (pj->free == pj->window || pj->job.ch->busy >= pj->job.ch->depth ||
-        (pj->set_aside && pj->set_aside + length > pj->credit))
+    if (pj->free == pj->window)
         return 0;
-    int s = within(pj, i) ? mkv_fill_begin(pj->ns, key_of(pj, i), length, &fill) : MKV_ERROR_BOUNDS;
-    pj->no_room = s == MKV_ERROR_FULL;
-    if (pj->no_room) {
-        wait_for_room(pj, now);
+    int s = set_aside(pj, i, &fill, now);
+    if (s == MKV_ERROR_FULL)
         return 0;
-    }
     pj->begun++;
     if (s != MKV_PENDING && !(s == MKV_EXISTS && pj->durable)) {
         pj->status[i] = (uint8_t)s;
@@ -181,24 +230,32 @@ static int begin(struct mkv_putjob *pj, uint64_t now) {
     }
     struct place *p = take_place(pj);
     p->index = i;
-    if (s == MKV_EXISTS) {
-        p->fill.length = 0;
-        settle(pj, p, s);
-        return 1;
-    }
-    p->fill = fill;
-    p->state = READING;
-    pj->set_aside += length;
-    s = post(pj, p);
-    if (s == MKV_PENDING)
-        pj->reading++;
-    else
-        abandon(pj, p, s);
+    p->second = 0;
+    go_on(pj, p, s, &fill);
     return 1;
 }
 
+/* The same for places that are in state AGAIN: how many were dealt with. */
+static int resume(struct mkv_putjob *pj, uint64_t now) {
+    struct mkv_fill fill;
+    int n = 0;
+    for (uint32_t k = 0; k < pj->window && pj->again; k++) {
+        struct place *p = &pj->place[k];
+        int s = p->state == AGAIN ? set_aside(pj, p->index, &fill, now) : MKV_ERROR_FULL;
+        if (s == MKV_ERROR_FULL)
+            continue;
+        pj->again--;
+        n++;
+        if (s == MKV_PENDING || s == MKV_EXISTS)
+            go_on(pj, p, s, &fill);
+        else
+            free_place(pj, p, s);
+    }
+    return n;
+}
+
 static int begin_some(struct mkv_putjob *pj, uint64_t now) {
-    int progress = 0;
+    int progress = resume(pj, now) > 0;
     for (uint32_t k = 0; k < BEGINS_A_STEP && pj->begun < pj->n && begin(pj, now); k++)
         progress = 1;
     if (progress) {
@@ -303,6 +360,12 @@ static int end(struct mkv_putjob *pj, uint64_t now) {
             pj->flushing--;
         }
     }
+    for (uint32_t k = 0; k < pj->window && pj->again; k++) {
+        if (pj->place[k].state == AGAIN) {
+            free_place(pj, &pj->place[k], late ? MKV_TIMEOUT : MKV_ERROR_LINK);
+            pj->again--;
+        }
+    }
     if (ch->busy && !pj->job.undrained)
         return 0;
     for (uint32_t k = 0; k < pj->window && pj->reading; k++)
@@ -333,7 +396,7 @@ static int step(struct mkv_job *job) {
         progress |= settle_some(pj, now);
     if (ending || job->ch->broken)
         return end(pj, now) | progress;
-    if (pj->begun == pj->n && !pj->reading && !pj->waiting && !pj->flushing) {
+    if (pj->begun == pj->n && !pj->reading && !pj->waiting && !pj->flushing && !pj->again) {
         mkv_job_finish(job, 0);
         return 1;
     }

@@ -227,9 +227,13 @@ class FlashSpace(Space):
     def make_durable(self, key: bytes) -> int:
         status = lib.MKV_PENDING
         until = time.monotonic() + 10
+        turn = 0
         while status == lib.MKV_PENDING and time.monotonic() < until:
             self.serve_segments()
             status = self.durable(key)
+            turn += 1
+            if turn % 100 == 0 and not self.serve_slabs():  # one that was found is read, into an extent
+                lib.mkv_ns_tick_now(self.ns)
         return int(status)
 
     def barrier(self, *, sync: bool = False) -> int:

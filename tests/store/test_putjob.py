@@ -6,6 +6,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from memkv.rdma.memory import HostMemory
 from memkv.rdma.native._rdma import ffi as rdma_ffi
 from memkv.store.native._store import ffi, lib
 
+from .flashes import LENGTH, Disks, FlashSpace, fill, record_of
 from .raw import keys_of
 
 pytestmark = pytest.mark.asan
@@ -29,7 +31,7 @@ PAYLOAD = bytes(range(256)) * 256
 class FakeChannel:
     """A channel whose READs bring PAYLOAD while ``flowing``. ``drains``: an abort flushes what is left."""
 
-    def __init__(self, memory: HostMemory, drains: bool = True) -> None:
+    def __init__(self, memory: HostMemory | SimpleNamespace, drains: bool = True) -> None:
         self.memory = memory
         self.flowing = True
         self.drains = drains
@@ -231,3 +233,40 @@ def test_a_payload_whose_slab_is_retired_under_it_moves_on(room: Room) -> None:
         assert time.monotonic() < until
         time.sleep(0.01)
     assert retired[0] == first
+
+
+def test_a_durable_put_brings_anew_what_a_crash_has_torn() -> None:
+    disks = Disks(1)
+    space = FlashSpace(disks)
+    space.serve()
+    keys = fill(space, 4)
+    record = record_of(space, keys[1])
+    disks.patch(0, record.offset + 512 + 1024, bytes(512))
+    space.close()
+    space = FlashSpace(disks)
+    space.serve()
+    space.wait(lambda: not lib.mkv_ns_scanning(space.ns))
+    channel = FakeChannel(SimpleNamespace(address=space.base))
+    channel.places = space.slab_at
+    n = len(keys)
+    status = np.zeros(n, np.uint8)
+    columns = [
+        np.frombuffer(b"".join(keys), np.uint8),
+        np.full(n, LENGTH, np.uint32),
+        np.full(n, 1, np.uint32),
+        np.zeros(n, np.uint64),
+    ]
+    kinds = ("uint8_t[]", "uint32_t[]", "uint32_t[]", "uint64_t[]")
+    pointers = [ffi.from_buffer(k, c) for k, c in zip(kinds, columns, strict=True)]
+    pointers += [ffi.NULL, ffi.from_buffer("uint8_t[]", status)]
+    job = lib.mkv_putjob_new(8)
+    until = jobs.now_ns() + 10**10
+    lib.mkv_putjob_init(job, space.ns, ffi.cast("void *", channel.ch), *pointers, n, 1 << 20, until, 1)
+    jobs.run([job])
+    assert list(status) == [lib.MKV_EXISTS, lib.MKV_STORED, lib.MKV_EXISTS, lib.MKV_EXISTS]
+    assert [space.durable(key) for key in keys] == [lib.MKV_DONE] * n
+    assert space.get(keys[1]) == PAYLOAD[:LENGTH]
+    space.check()
+    lib.mkv_putjob_free(job)
+    space.close()
+    disks.close()
