@@ -46,6 +46,7 @@ SOURCES = [
     "flash_zero.c",
     "flash_writeback.c",
     "flash_stage.c",
+    "flash_kept.c",
     "flash_scan.c",
     "flash_snapshot.c",
     "flash_scrub.c",

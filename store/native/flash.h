@@ -99,11 +99,13 @@ struct mkv_flash_record { /* 64 B: one block on flash, as the snapshot keeps it 
     uint64_t offset; /* of the header page, on the device */
     uint32_t device; /* flashio's index now; identity in the file */
     uint32_t length;
-    uint32_t flags; /* bit 0: visited; bit 1: its payload was not verified since a scan found it */
+    uint32_t flags; /* bit 0: visited; bit 1: its payload was not verified since a scan found it;
+                       bit 2: an older image, of a block that another record names */
     uint32_t namespace_id;
     uint32_t spare[2];
 };
-/* All blocks that are on flash: fills at most max, returns how many there are. */
+/* All blocks that are on flash, and older images that are kept: fills at most max, returns how many there
+ * are. */
 uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, uint64_t max);
 /* Into segments that were added with scan 2; what does not fit one is skipped. Returns how many were taken.
  */

@@ -120,6 +120,8 @@ static int not_begun(struct mkv_ns *ns) {
 }
 
 static int doom_all(struct mkv_ns *ns) {
+    const struct mkv_flash *f = ns->flash->f; /* its round_lock is held */
+    mkv_kept_barrier(ns, f->sync_upto > f->done);
     mkv_doom_stale(ns, UINT64_MAX);
     ns->flash->doom_mark = ns->flash->doom_in;
     mkv_zero_pump(ns);

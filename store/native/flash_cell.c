@@ -86,6 +86,20 @@ static struct mkv_flash_class *class_of_cell(struct mkv_ns *ns, const struct mkv
 
 /* --- changes of state --- */
 
+void mkv_kept_push(struct mkv_ns *ns, struct mkv_cell *cell) {
+    struct mkv_cells *l = &ns->flash->kept;
+    cell->state = MKV_CELL_KEPT;
+    cell->prev = l->tail;
+    cell->next = NULL;
+    *(l->tail ? &l->tail->next : &l->head) = cell;
+    l->tail = cell;
+    l->count++;
+}
+
+void mkv_kept_take(struct mkv_ns *ns, struct mkv_cell *cell) {
+    unlink_cell(&ns->flash->kept, cell);
+}
+
 void mkv_cell_free(struct mkv_ns *ns, struct mkv_cell *cell, int state) {
     struct mkv_flash_class *c = class_of_cell(ns, cell);
     uint32_t d = mkv_seg_of(ns, cell)->is.device;
@@ -219,10 +233,23 @@ static struct mkv_cell *victim(struct mkv_flash_class *c) {
     return cell && evictable(cell) ? cell : NULL;
 }
 
-static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
-    struct mkv_cell *cell = victim(c);
+/* Lest what waits to be written wait for ever: the images that are kept for it may have all of the room. */
+static void give_up_kept(struct mkv_ns *ns, const struct mkv_flash_class *c) {
+    struct mkv_cell *cell = ns->flash->kept.head;
+    while (cell && class_of_cell(ns, cell) != c)
+        cell = cell->next;
     if (!cell)
         return;
+    mkv_kept_take(ns, cell);
+    mkv_cell_free(ns, cell, MKV_CELL_STALE);
+}
+
+static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
+    struct mkv_cell *cell = victim(c);
+    if (!cell) {
+        give_up_kept(ns, c);
+        return;
+    }
     ns->flash->n.evictions++;
     ns->flash->n.evicted_bytes += cell->length;
     if (cell->dram)
@@ -294,14 +321,30 @@ int mkv_class_hopeless(struct mkv_ns *ns, const struct mkv_flash_class *c) {
 
 /* --- losing what was there --- */
 
-void mkv_cell_lost(struct mkv_ns *ns, struct mkv_cell *cell, int bad, uint8_t status) {
+/* The block of a cell that is lost, and of which DRAM has nothing: whether an older image has become it. */
+static int fall_back(struct mkv_ns *ns, struct mkv_cell *kept, const struct mkv_cell *cell, uint32_t pins,
+                     uint64_t until) {
+    if (!kept) {
+        mkv_ns_remove(ns, cell->key);
+        return 0;
+    }
+    mkv_kept_adopt(ns, kept);
+    mkv_cell_change(ns, kept);
+    if (pins)
+        mkv_cell_pin(ns, kept, pins, until);
+    return 1;
+}
+
+int mkv_cell_lost(struct mkv_ns *ns, struct mkv_cell *cell, int bad, uint8_t status) {
     struct mkv_extent *e = cell->dram;
     uint32_t pins = cell->pins;
     uint64_t until = cell->until;
+    struct mkv_cell *kept = mkv_kept_best(ns, cell->key);
+    int fell_back = 0;
     mkv_cell_unhold(ns, cell);
     if (e && e->state == MKV_EXTENT_STAGING) {
-        mkv_stage_drop(ns, cell, status);
-        mkv_ns_remove(ns, cell->key);
+        mkv_stage_drop(ns, cell, kept ? MKV_PENDING : status);
+        fell_back = fall_back(ns, kept, cell, pins, until);
     } else if (e) {
         if (e->state == MKV_EXTENT_STAGED)
             mkv_promote(ns, e);
@@ -312,12 +355,13 @@ void mkv_cell_lost(struct mkv_ns *ns, struct mkv_cell *cell, int bad, uint8_t st
             mkv_pin_add(ns, e, pins, until);
         mkv_dirty_add(ns, e, MKV_MUST);
     } else {
-        mkv_ns_remove(ns, cell->key);
+        fell_back = fall_back(ns, kept, cell, pins, until);
     }
     if (mkv_drive_failed(ns->flash->f, mkv_seg_of(ns, cell)->is.device))
         mkv_cell_kill(ns, cell);
     else
         mkv_cell_doom(ns, cell, bad);
+    return fell_back;
 }
 
 static void drop_cell(struct mkv_ns *ns, struct mkv_cell *cell) {
@@ -332,7 +376,11 @@ static void drop_cell(struct mkv_ns *ns, struct mkv_cell *cell) {
         mkv_cell_kill(ns, cell);
         break;
     case MKV_CELL_HELD:
-        mkv_cell_lost(ns, cell, 1, MKV_ERROR_DEVICE);
+        (void)mkv_cell_lost(ns, cell, 1, MKV_ERROR_DEVICE);
+        break;
+    case MKV_CELL_KEPT:
+        mkv_kept_take(ns, cell);
+        mkv_cell_kill(ns, cell);
         break;
     case MKV_CELL_DOOMED:
         unlink_cell(&ns->flash->doomed, cell);

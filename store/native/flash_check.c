@@ -84,6 +84,14 @@ static int check_held(struct mkv_ns *ns, const struct mkv_cell *cell, struct sum
     return 0;
 }
 
+/* The index names a better one, if it names any. */
+static int check_kept(struct mkv_ns *ns, const struct mkv_cell *cell) {
+    struct mkv_place p;
+    return cell->length && cell->length <= mkv_seg_of(ns, cell)->is.payload && cell->sequence &&
+           (!mkv_ns_where(ns, cell->key, &p) || !p.cell || p.cell->state != MKV_CELL_HELD ||
+            p.cell->sequence > cell->sequence);
+}
+
 static int check_seg(struct mkv_ns *ns, const struct mkv_seg *s, struct sums *sum) {
     uint64_t unknown = 0, live_bytes = 0;
     for (uint32_t k = 0; k < s->count; k++) {
@@ -103,6 +111,7 @@ static int check_seg(struct mkv_ns *ns, const struct mkv_seg *s, struct sums *su
             sum->writing += e != NULL;
         } else {
             CHECK(!cell->dram);
+            CHECK(cell->state != MKV_CELL_KEPT || check_kept(ns, cell));
         }
         unknown += cell->state == MKV_CELL_UNKNOWN;
         sum->cell_bytes += cell->state != MKV_CELL_DEAD ? ns->align + s->is.payload : 0;
@@ -120,6 +129,7 @@ int mkv_flash_check(struct mkv_ns *ns, uint64_t live, uint64_t staged) {
     uint64_t dirty = 0, must = 0, queued = 0, room = 0;
     int bad = check_cells(ns, &nf->pinned, UINT32_MAX, -1, MKV_CELL_HELD);
     bad = bad ? bad : check_cells(ns, &nf->doomed, UINT32_MAX, -1, MKV_CELL_DOOMED);
+    bad = bad ? bad : check_cells(ns, &nf->kept, UINT32_MAX, -1, MKV_CELL_KEPT);
     for (uint32_t i = 0; !bad && i < ns->nclasses; i++) {
         bad = check_class(ns, i, &dirty, &must);
         queued += nf->cls[i].queue.count;
@@ -137,6 +147,7 @@ int mkv_flash_check(struct mkv_ns *ns, uint64_t live, uint64_t staged) {
     CHECK(sum.staged == staged && staged == nf->n.staged);
     CHECK(must == nf->must && dirty + sum.by_state[MKV_CELL_WRITING] == nf->n.dirty);
     CHECK(live + sum.in_flash_only == ns->index->entries);
+    CHECK(sum.by_state[MKV_CELL_KEPT] == nf->kept.count);
     CHECK(nf->doom_in - nf->doom_out == nf->doomed.count);
     return 0;
 }

@@ -7,6 +7,7 @@
 #include "arena.h"
 
 #define ZERO_PER_TICK 64u /* headers of evicted images, of each class and device */
+#define KEPT_PER_TICK 4096u
 
 int mkv_ns_flash_attach(struct mkv_ns *ns, struct mkv_flash *f, uint64_t incarnation) {
     struct mkv_ns_flash *nf = calloc(1, sizeof *nf);
@@ -82,6 +83,7 @@ void mkv_flash_tick(struct mkv_ns *ns) {
     ns->flash->zero_pause = 0;
     mkv_scan_unpark(ns);
     mkv_stage_tick(ns);
+    mkv_kept_tick(ns, KEPT_PER_TICK);
     mkv_doom_stale(ns, ZERO_PER_TICK);
     mkv_zero_pump(ns);
     mkv_write_pump(ns);
@@ -112,8 +114,9 @@ void mkv_flash_left(struct mkv_ns *ns, struct mkv_extent *e) {
 
 /* The block at p (nowhere: both NULL) shall be no more, and not come back. */
 int mkv_flash_delete(struct mkv_ns *ns, const uint8_t key[16], const struct mkv_place *p) {
-    if (ns->flash->unknown && mkv_tomb_add(ns, key))
+    if ((ns->flash->unknown || ns->flash->kept.count) && mkv_tomb_add(ns, key))
         return -ENOMEM;
+    ns->flash->frozen = 0;
     if (p->e && p->e->state != MKV_EXTENT_STAGING) {
         mkv_unpublish(ns, p->e);
     } else if (p->cell) {

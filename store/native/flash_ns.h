@@ -8,6 +8,7 @@
  *          ├─ cls[]                by size class: free cells per device, a sieve of held ones,
  *          │                       blocks that wait to be written                       (flash_writeback.c)
  *          ├─ doomed               cells whose header has to be zeroed                        (flash_zero.c)
+ *          ├─ kept                 older images, until the newest is known to be good         (flash_kept.c)
  *          └─ stages, waiting      who wants blocks brought to DRAM                          (flash_stage.c)
  *
  * A cell's life. What may still be whole on the medium, and so might come back after a crash, is marked with
@@ -19,6 +20,9 @@
  *      └─────────────────────────────────►  │                  └──► WRITING*  ▲
  *                                           └────── deleted, or bad ──────────┘    from anywhere, when it or
  *                                                                                  its device is bad: DEAD
+ *
+ * Besides, the scan may find older images of a block: those are KEPT* until the newest is known to be good,
+ * and then STALE; or HELD if that is no good, or DOOMED with the deleted block (flash_kept.c).
  *
  * An evicted image may be written over as it is, for it would do no harm if it came back. A deleted one
  * would, so its header is zeroed before the cell is used again, and before a barrier is over so are those of
@@ -43,6 +47,7 @@ enum mkv_cell_state {
     MKV_CELL_STALE,   /* free, but an old image may be whole */
     MKV_CELL_WRITING, /* an image is being written */
     MKV_CELL_HELD,    /* its image is a block of the namespace */
+    MKV_CELL_KEPT,    /* an older image of a block */
     MKV_CELL_DOOMED,  /* to be zeroed before anything else */
     MKV_CELL_ZEROING,
     MKV_CELL_DEAD
@@ -199,7 +204,7 @@ struct mkv_flash {
 
 /* --- a namespace's part --- */
 
-struct mkv_tombs { /* keys deleted while older images of them may not have been scanned: a hash set */
+struct mkv_tombs { /* keys deleted while older images of them may be kept, or not scanned: a hash set */
     uint8_t (*key)[16];
     uint64_t size, used; /* size: 0 or a power of two */
 };
@@ -215,7 +220,8 @@ struct mkv_ns_flash {
     uint64_t must; /* blocks in the dirty lists of that urgency */
     struct mkv_cells pinned;
     uint64_t pinned_bytes, cell_bytes; /* whole cells */
-    struct mkv_cells doomed;
+    struct mkv_cells doomed, kept;
+    int frozen;                            /* a sync has begun, and nothing was put or deleted since */
     uint64_t doom_in, doom_out, doom_mark; /* cells that joined that list, and left it, ever */
     uint64_t zeroing;
     int zero_pause;        /* a header could not be zeroed: not before the next tick */
@@ -275,18 +281,28 @@ void mkv_cell_hold(struct mkv_ns *ns, struct mkv_cell *cell);            /* in n
 void mkv_cell_unhold(struct mkv_ns *ns, struct mkv_cell *cell);          /* HELD -> in no list */
 void mkv_cell_free(struct mkv_ns *ns, struct mkv_cell *cell, int state); /* in no list -> FREE, STALE */
 void mkv_cell_kill(struct mkv_ns *ns, struct mkv_cell *cell);            /* in no list -> DEAD */
-/* The image in a HELD cell is no good any more: the block is written elsewhere if DRAM has it, else dropped.
- * bad: so is the place. status: for those who wait for it. */
-void mkv_cell_lost(struct mkv_ns *ns, struct mkv_cell *cell, int bad, uint8_t status);
+/* The image in a HELD cell is no good any more: the block is written elsewhere if DRAM has it, else an older
+ * image that was kept takes its place (1), else it is dropped. bad: so is the place. status: for those who
+ * wait for it. */
+int mkv_cell_lost(struct mkv_ns *ns, struct mkv_cell *cell, int bad, uint8_t status);
 void mkv_ns_drive_failed(struct mkv_ns *ns, uint32_t device);
 void mkv_doomed_push(struct mkv_ns *ns, struct mkv_cell *cell); /* and counts it */
 struct mkv_cell *mkv_doomed_pop(struct mkv_ns *ns);
+void mkv_kept_push(struct mkv_ns *ns, struct mkv_cell *cell); /* in no list -> KEPT */
+void mkv_kept_take(struct mkv_ns *ns, struct mkv_cell *cell); /* KEPT -> in no list */
 /* Dooms up to so many STALE cells of each class and device. */
 void mkv_doom_stale(struct mkv_ns *ns, uint64_t max_each);
 
 /* --- flash_zero.c --- */
 void mkv_cell_doom(struct mkv_ns *ns, struct mkv_cell *cell, int bad); /* in no list -> DOOMED */
 void mkv_zero_pump(struct mkv_ns *ns);
+
+/* --- flash_kept.c --- */
+struct mkv_cell *mkv_kept_best(struct mkv_ns *ns, const uint8_t key[16]); /* NULL: none is kept */
+void mkv_kept_adopt(struct mkv_ns *ns, struct mkv_cell *cell);            /* KEPT -> HELD: not the index */
+void mkv_kept_tick(struct mkv_ns *ns, uint64_t max);
+/* Of a round: what is of deleted blocks is doomed. sync: of one that a snapshot may follow. */
+void mkv_kept_barrier(struct mkv_ns *ns, int sync);
 
 /* --- flash_writeback.c --- */
 void mkv_dirty_add(struct mkv_ns *ns, struct mkv_extent *e, int urgency); /* e is in no list */
@@ -310,10 +326,14 @@ void mkv_promote(struct mkv_ns *ns, struct mkv_extent *e);
 /* An image that was found in a cell (in no list) is a block: the cell is HELD, and then goes into the index.
  */
 void mkv_cell_adopt(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_flash_record *r);
+void mkv_cell_keep(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_flash_record *r); /* KEPT */
 void mkv_cell_insert(struct mkv_ns *ns, const struct mkv_cell *cell);
 void mkv_scan_pump(struct mkv_ns *ns);
 void mkv_scan_unpark(struct mkv_ns *ns);
-void mkv_scan_forget(struct mkv_ns *ns, struct mkv_cell *cell); /* UNKNOWN -> in no list */
-int mkv_tomb_add(struct mkv_ns *ns, const uint8_t key[16]);     /* 0 or -ENOMEM */
+void mkv_scan_forget(struct mkv_ns *ns, struct mkv_cell *cell);       /* UNKNOWN -> in no list */
+void mkv_cell_change(struct mkv_ns *ns, const struct mkv_cell *cell); /* the same; the key is there */
+int mkv_tomb_add(struct mkv_ns *ns, const uint8_t key[16]);           /* 0 or -ENOMEM */
+int mkv_is_tomb(struct mkv_ns *ns, const uint8_t key[16]);
+void mkv_tombs_clear(struct mkv_ns *ns);
 
 #endif

@@ -8,7 +8,7 @@
  *                                 perhaps in the middle of a payload: whoever put that may have planted
  *                                 a header there, a copy of a true one, but not one with an epoch of the
  * future device, offset                else it was meant for another place sequence                      the
- * highest of several images of a key; the others are STALE
+ * highest of several images of a key; the others are KEPT (flash_kept.c)
  *
  * What is believed is the header only. The payload behind it may be torn, since nothing orders the sectors of
  * one write: it is verified when it is first staged, or by mkv_ns_scrub, and before that no peer sees it. Nor
@@ -65,8 +65,14 @@ int mkv_tomb_add(struct mkv_ns *ns, const uint8_t key[16]) {
     return 0;
 }
 
-static int is_tomb(const struct mkv_tombs *t, const uint8_t key[16]) {
+int mkv_is_tomb(struct mkv_ns *ns, const uint8_t key[16]) {
+    const struct mkv_tombs *t = &ns->flash->tombs;
     return t->used && !memcmp(tomb_place(t, key), key, 16);
+}
+
+void mkv_tombs_clear(struct mkv_ns *ns) {
+    free(ns->flash->tombs.key);
+    ns->flash->tombs = (struct mkv_tombs){0};
 }
 
 /* --- what a header says --- */
@@ -102,8 +108,8 @@ void mkv_scan_forget(struct mkv_ns *ns, struct mkv_cell *cell) {
     MKV_COUNT(nf->f, scanned, 1);
     if (--nf->unknown)
         return;
-    free(nf->tombs.key);
-    nf->tombs = (struct mkv_tombs){0};
+    if (!nf->kept.count)
+        mkv_tombs_clear(ns);
     mkv_flash_signal(nf->f);
 }
 
@@ -135,6 +141,11 @@ void mkv_cell_insert(struct mkv_ns *ns, const struct mkv_cell *cell) {
     mkv_ns_insert(ns, &slot);
 }
 
+void mkv_cell_change(struct mkv_ns *ns, const struct mkv_cell *cell) {
+    struct mkv_slot slot = slot_of(ns, cell);
+    mkv_ns_change(ns, &slot);
+}
+
 /* A newer image of a block that was found before. */
 static void replace(struct mkv_ns *ns, const struct mkv_place *p, struct mkv_cell *cell,
                     const struct mkv_flash_record *r) {
@@ -146,12 +157,19 @@ static void replace(struct mkv_ns *ns, const struct mkv_place *p, struct mkv_cel
     uint32_t pins = older->pins;
     uint64_t until = older->until;
     mkv_cell_adopt(ns, cell, r);
-    struct mkv_slot slot = slot_of(ns, cell);
-    mkv_ns_change(ns, &slot);
+    mkv_cell_change(ns, cell);
     mkv_cell_unhold(ns, older);
-    mkv_cell_free(ns, older, MKV_CELL_STALE);
+    mkv_kept_push(ns, older);
     if (pins)
         mkv_cell_pin(ns, cell, pins, until);
+}
+
+void mkv_cell_keep(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_flash_record *r) {
+    memcpy(cell->key, r->key, sizeof cell->key);
+    cell->checksum = r->checksum;
+    cell->sequence = r->sequence;
+    cell->length = r->length;
+    mkv_kept_push(ns, cell);
 }
 
 /* 0, or -EAGAIN: the index has no room for it now. */
@@ -160,7 +178,7 @@ static int found(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_cold
         .checksum = cold->checksum, .sequence = cold->sequence, .length = cold->length, .flags = 2};
     struct mkv_place p;
     memcpy(r.key, cold->key, sizeof r.key);
-    int deleted = is_tomb(&ns->flash->tombs, r.key);
+    int deleted = mkv_is_tomb(ns, r.key);
     int held = mkv_ns_where(ns, r.key, &p);
     if (!held && !deleted && mkv_ns_room(ns, r.key))
         return -EAGAIN;
@@ -175,7 +193,7 @@ static int found(struct mkv_ns *ns, struct mkv_cell *cell, const struct mkv_cold
         if (p.cell && p.cell->state == MKV_CELL_HELD && p.cell->sequence < r.sequence)
             replace(ns, &p, cell, &r);
         else
-            mkv_cell_free(ns, cell, MKV_CELL_STALE);
+            mkv_cell_keep(ns, cell, &r);
     }
     return 0;
 }

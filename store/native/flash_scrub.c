@@ -60,7 +60,7 @@ static int drop(struct mkv_ns *ns, const struct subject *x, int result) {
     if (same) {
         if (!result)
             mkv_drive_corrupt(ns->flash->f, x->device);
-        mkv_cell_lost(ns, x->cell, result != 0, result ? MKV_ERROR_DEVICE : MKV_CORRUPT);
+        (void)mkv_cell_lost(ns, x->cell, result != 0, result ? MKV_ERROR_DEVICE : MKV_CORRUPT);
         mkv_zero_pump(ns);
         mkv_write_pump(ns);
     }

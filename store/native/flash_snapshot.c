@@ -16,7 +16,8 @@ uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, ui
         const struct mkv_seg *s = ns->flash->seg[i];
         for (uint32_t k = 0; k < s->count; k++) {
             const struct mkv_cell *cell = &s->cell[k];
-            if (cell->state != MKV_CELL_HELD)
+            int kept = cell->state == MKV_CELL_KEPT;
+            if (cell->state != MKV_CELL_HELD && !kept)
                 continue;
             if (n < max) {
                 out[n] = (struct mkv_flash_record){.checksum = cell->checksum,
@@ -24,7 +25,7 @@ uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, ui
                                                    .offset = mkv_cell_offset(ns, cell),
                                                    .device = s->is.device,
                                                    .length = cell->length,
-                                                   .flags = cell->visited | cell->doubtful << 1,
+                                                   .flags = kept ? 4 : cell->visited | cell->doubtful << 1,
                                                    .namespace_id = ns->id};
                 memcpy(out[n].key, cell->key, sizeof out[n].key);
             }
@@ -66,6 +67,10 @@ uint64_t mkv_ns_flash_import(struct mkv_ns *ns, const struct mkv_flash_record *i
     for (; ns->flash && i < n; i++) {
         struct mkv_place p;
         struct mkv_cell *cell = cell_of(ns, &in[i], &hint);
+        if (cell && in[i].flags & 4) {
+            mkv_cell_keep(ns, cell, &in[i]);
+            continue;
+        }
         if (!cell || mkv_ns_where(ns, in[i].key, &p))
             continue;
         if (mkv_ns_room(ns, in[i].key))

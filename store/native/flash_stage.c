@@ -150,7 +150,8 @@ static void finish(struct mkv_ns *ns, struct mkv_op *op, uint64_t sum) {
         if (status == MKV_CORRUPT)
             mkv_drive_corrupt(op->f, op->io.device);
         put_back(ns, op);
-        mkv_cell_lost(ns, cell, op->io.result != 0, status);
+        if (mkv_cell_lost(ns, cell, op->io.result != 0, status))
+            wait_again(ns, op);
         answer_all(op, status, NULL);
     } else if (retired) {
         put_back(ns, op);
@@ -266,7 +267,8 @@ static int try_item(struct mkv_ns *ns, struct mkv_item *it, struct mkv_batch *ba
         return 1;
     }
     if (mkv_drive_failed(ns->flash->f, mkv_seg_of(ns, p.cell)->is.device)) {
-        mkv_cell_lost(ns, p.cell, 1, MKV_ERROR_DEVICE);
+        if (mkv_cell_lost(ns, p.cell, 1, MKV_ERROR_DEVICE))
+            return 0;
         answer(it, MKV_ERROR_DEVICE, NULL);
         return 1;
     }

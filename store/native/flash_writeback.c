@@ -246,6 +246,7 @@ void mkv_flash_published(struct mkv_ns *ns, struct mkv_extent *e) {
     e->cell = NULL;
     e->tries = e->avoid = 0;
     e->visited = 0;
+    ns->flash->frozen = 0;
     mkv_dirty_add(ns, e, MKV_DIRTY);
     mkv_write_pump(ns);
 }

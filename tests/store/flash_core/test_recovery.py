@@ -216,6 +216,71 @@ def test_the_highest_sequence_wins(room: Room, space: FlashSpace) -> None:
     assert bytes(space.extent(found)[1]) == payload_of(keys[4], LENGTH)
 
 
+def two_images(space: FlashSpace, torn: bool) -> tuple[bytes, bytes]:
+    """Makes two blocks images of one; the newer is perhaps torn. Returns the key, and the older payload."""
+    keys = fill(space, 6)
+    old, new = record_of(space, keys[0]), record_of(space, keys[4])
+    for record, sequence in ((old, 10), (new, 11)):
+        raw, cold = cold_of(space, record)
+        ffi.memmove(cold.key, key_of(77), 16)
+        cold.sequence = sequence
+        space.disks.patch(record.device, record.offset, seal(raw))
+    if torn:
+        space.disks.patch(new.device, new.offset + 512 + 1024, bytes(512))
+    return key_of(77), payload_of(keys[0], LENGTH)
+
+
+def test_where_the_newest_image_is_torn_an_older_one_takes_its_place(room: Room, space: FlashSpace) -> None:
+    key, payload = two_images(space, True)
+    space = restart(room, space)
+    ((status, found),) = space.stage(key)
+    assert status == HIT
+    assert bytes(space.extent(found)[1]) == payload
+    space.check()
+    assert space.make_durable(key) == DONE
+
+
+def test_an_older_image_is_kept_over_a_clean_stop(room: Room, space: FlashSpace) -> None:
+    key, payload = two_images(space, True)
+    space = restart(room, space)
+    stopped = space.stop()
+    assert len(stopped) == 6 * ffi.sizeof("struct mkv_flash_record")
+    space = room.start(space.disks, records=stopped)
+    space.check()
+    ((status, found),) = space.stage(key)
+    assert status == HIT
+    assert bytes(space.extent(found)[1]) == payload
+
+
+def test_older_images_make_room_when_the_newest_is_known_to_be_good(room: Room, space: FlashSpace) -> None:
+    key, _ = two_images(space, False)
+    space = restart(room, space)
+    free = space.flash_stats().extents_free
+    for _ in range(4):
+        space.serve()
+        space.tick()
+        space.settle()
+        space.durable(key)
+        space.settle()
+    assert space.flash_stats().extents_free == free + 1
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_an_older_image_goes_with_its_block(room: Room, space: FlashSpace, torn: bool, again: bool) -> None:
+    key, _ = two_images(space, torn)
+    space = restart(room, space)
+    assert space.delete(key) == [DONE]
+    new = payload_of(b"another payload.", LENGTH)
+    if again:
+        assert space.put_patiently(key, new) == STORED
+    space.wait_barrier()
+    space.check()
+    space = restart(room, space)
+    assert space.holds(key) in (again, False)
+    assert space.staged(key) in ((new, None) if again else (None,))
+
+
 def test_a_torn_payload_is_found_out_before_anybody_sees_it(room: Room, space: FlashSpace) -> None:
     (key,) = fill(space, 1)
     record = record_of(space, key)
