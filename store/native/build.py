@@ -44,6 +44,7 @@ SOURCES = [
     "flash_barrier.c",
     "flash_cell.c",
     "flash_zero.c",
+    "flash_drain.c",
     "flash_writeback.c",
     "flash_stage.c",
     "flash_kept.c",

@@ -152,5 +152,7 @@ void mkv_fill_abandon(struct mkv_ns *ns, const struct mkv_fill *fill) {
     struct mkv_extent *e = filling(ns, fill);
     if (e)
         mkv_put_back(ns, e);
+    if (e && ns->flash)
+        mkv_flash_room(ns);
     pthread_mutex_unlock(&ns->lock);
 }

@@ -46,7 +46,8 @@ int mkv_flash_eventfd(const struct mkv_flash *f);
 
 /* A barrier is over when every header that had to be zeroed, and every block that was dirty and demanded
  * durable when it was made, is on stable media. Numbers grow; mkv_flash_barriers says up to which all are
- * over. */
+ * over. A device that was taken out is not waited for: what it holds must not come back at the next start.
+ * Barriers wait for scans if something was deleted meanwhile. */
 uint64_t mkv_flash_barrier(struct mkv_flash *f);
 uint64_t mkv_flash_barriers(struct mkv_flash *f);
 /* Writes all that is dirty and flushes: a barrier over everything (clean stop). */
@@ -65,14 +66,16 @@ struct mkv_flash_stats {
 };
 void mkv_flash_stats(struct mkv_flash *f, struct mkv_flash_stats *out);
 int mkv_flash_device_stats(struct mkv_flash *f, uint32_t device, struct mkv_flash_device_stats *out);
-int mkv_flash_device_fail(struct mkv_flash *f, uint32_t device); /* takes it out, as repeated errors do */
+/* Takes it out, as repeated errors (or one failed flush) do: blocks that DRAM has are written to the others,
+ * what it alone had is dropped. */
+int mkv_flash_device_fail(struct mkv_flash *f, uint32_t device);
 
 /* --- a namespace on flash --- */
 
 /* Before its first slab is ready. incarnation: of the namespace on this store. */
 int mkv_ns_flash_attach(struct mkv_ns *ns, struct mkv_flash *f, uint64_t incarnation);
 
-#define MKV_CHORE_SEGMENT 8u /* extents on flash run out: find a free segment, note it down, add it */
+#define MKV_CHORE_SEGMENT 8u /* one is wanted: note a free one down and add it; or one has been given up */
 
 struct mkv_segment { /* a span of a device that holds extents of one size class of one namespace */
     uint64_t offset; /* on the device */
@@ -84,11 +87,21 @@ struct mkv_segment { /* a span of a device that holds extents of one size class 
 };
 /* The payload size of a class that wants a segment; 0: none does. */
 uint64_t mkv_ns_segment_wanted(struct mkv_ns *ns);
-/* Python has given up (all devices full): the class evicts from what it has. */
+/* Python has given up (all devices full): the class evicts from what it has, or has blocks in cells of a
+ * larger one. A class that has neither keeps its blocks in DRAM only; when a segment comes later they are
+ * written. */
 void mkv_ns_segment_denied(struct mkv_ns *ns, uint64_t payload);
+/* For whoever has none: the namespace evicts what is in one of its segments, of the class that has most of
+ * them. 0; -ENOENT: no class has two; -EBUSY: one is on its way. When it is empty MKV_CHORE_SEGMENT is set
+ * and given_up answers 0 (before: -EAGAIN; -ENOENT: nothing was asked for): the segment is not known here any
+ * more. */
+int mkv_ns_segment_give_up(struct mkv_ns *ns);
+int mkv_ns_segment_given_up(struct mkv_ns *ns, struct mkv_segment *out);
 /* A segment of this namespace. scan 0: its extents are free (new). 1: its header pages are to be read; blocks
  * found appear in the index one by one, on the engine's thread, and extents are free as they are found to be.
- * 2: to be imported. Returns its handle or -errno. */
+ * 2: to be imported. The namespace's align must be a multiple of the device's logical block. Returns its
+ * handle or -errno: -EINVAL (payload is of no class, alignment, epoch 0), -ENODEV, -EIO (the device was taken
+ * out). */
 int64_t mkv_ns_segment_add(struct mkv_ns *ns, const struct mkv_segment *segment, int scan);
 uint64_t mkv_ns_scanning(struct mkv_ns *ns); /* header pages still to be looked at */
 
@@ -104,11 +117,11 @@ struct mkv_flash_record { /* 64 B: one block on flash, as the snapshot keeps it 
     uint32_t namespace_id;
     uint32_t spare[2];
 };
-/* All blocks that are on flash, and older images that are kept: fills at most max, returns how many there
- * are. */
+/* All blocks that are on flash, and older images that are kept: fills at most max, returns how many there are.
+ * For a snapshot: after mkv_flash_sync is over, with nothing going on since. */
 uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, uint64_t max);
-/* Into segments that were added with scan 2; what does not fit one is skipped. Returns how many were taken.
- */
+/* Into segments that were added with scan 2; what does not fit one is skipped. Returns how many were looked
+ * at: all of them, unless the index has no room for more (MKV_CHORE_TABLE): the rest is for another call. */
 uint64_t mkv_ns_flash_import(struct mkv_ns *ns, const struct mkv_flash_record *in, uint64_t n);
 /* After the last import: what was not named is free. */
 void mkv_ns_flash_imported(struct mkv_ns *ns);
@@ -127,8 +140,8 @@ int mkv_ns_durable(struct mkv_ns *ns, const uint8_t key[16]);
 
 /* Starts to bring what is not in DRAM. Keys in DRAM are answered at once; keys that somebody else is bringing
  * are waited for (one device read); what finds no extent waits for one until the deadline (absolute,
- * mkv_now_ns). `keys` is copied. publish 0: answers are private locations; 1: prefetch, nobody wants a
- * location. NULL: memory. */
+ * mkv_now_ns). `keys` is copied. prefetch 0: answers are private locations, until the second use; 1: nobody
+ * wants a location, and what is brought is for all at once. NULL: memory, or no flash. */
 struct mkv_stage *mkv_stage_new(struct mkv_ns *ns, const uint8_t *keys, uint32_t n, uint64_t deadline_ns,
                                 int prefetch);
 /* What has been answered since the last call: indices, statuses (MKV_HIT, MKV_MISS, MKV_TIMEOUT, MKV_CORRUPT,

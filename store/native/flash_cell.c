@@ -103,12 +103,19 @@ void mkv_kept_take(struct mkv_ns *ns, struct mkv_cell *cell) {
 void mkv_cell_free(struct mkv_ns *ns, struct mkv_cell *cell, int state) {
     struct mkv_flash_class *c = class_of_cell(ns, cell);
     uint32_t d = mkv_seg_of(ns, cell)->is.device;
+    if (mkv_seg_of(ns, cell) == ns->flash->draining) {
+        if (state == MKV_CELL_STALE)
+            mkv_cell_doom(ns, cell, 1);
+        else
+            mkv_cell_kill(ns, cell);
+        return;
+    }
     cell->state = (uint8_t)state;
     push_head(state == MKV_CELL_STALE ? &c->stale[d] : &c->free[d], cell);
     c->room++;
 }
 
-static void take_out(struct mkv_ns *ns, struct mkv_cell *cell) { /* of FREE and STALE */
+void mkv_cell_take_out(struct mkv_ns *ns, struct mkv_cell *cell) {
     struct mkv_flash_class *c = class_of_cell(ns, cell);
     uint32_t d = mkv_seg_of(ns, cell)->is.device;
     unlink_cell(cell->state == MKV_CELL_STALE ? &c->stale[d] : &c->free[d], cell);
@@ -217,7 +224,7 @@ void mkv_cell_pins_expire(struct mkv_ns *ns, uint64_t max, uint64_t now) {
 
 /* --- eviction --- */
 
-static int evictable(const struct mkv_cell *cell) {
+int mkv_cell_evictable(const struct mkv_cell *cell) {
     return !cell->dram || (!cell->dram->pins && !cell->dram->op);
 }
 
@@ -225,12 +232,12 @@ static int evictable(const struct mkv_cell *cell) {
 static struct mkv_cell *victim(struct mkv_flash_class *c) {
     struct mkv_cell *cell = c->hand ? c->hand : c->queue.tail;
     uint64_t steps = 2 * c->queue.count < HAND_MAX ? 2 * c->queue.count : HAND_MAX;
-    for (uint64_t i = 0; cell && i < steps && (cell->visited || !evictable(cell)); i++) {
+    for (uint64_t i = 0; cell && i < steps && (cell->visited || !mkv_cell_evictable(cell)); i++) {
         cell->visited = 0;
         cell = cell->prev ? cell->prev : c->queue.tail;
     }
     c->hand = cell;
-    return cell && evictable(cell) ? cell : NULL;
+    return cell && mkv_cell_evictable(cell) ? cell : NULL;
 }
 
 /* Lest what waits to be written wait for ever: the images that are kept for it may have all of the room. */
@@ -244,12 +251,7 @@ static void give_up_kept(struct mkv_ns *ns, const struct mkv_flash_class *c) {
     mkv_cell_free(ns, cell, MKV_CELL_STALE);
 }
 
-static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
-    struct mkv_cell *cell = victim(c);
-    if (!cell) {
-        give_up_kept(ns, c);
-        return;
-    }
+void mkv_cell_evict(struct mkv_ns *ns, struct mkv_cell *cell) {
     ns->flash->n.evictions++;
     ns->flash->n.evicted_bytes += cell->length;
     if (cell->dram)
@@ -258,6 +260,14 @@ static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
         mkv_ns_remove(ns, cell->key);
     mkv_cell_unhold(ns, cell);
     mkv_cell_free(ns, cell, MKV_CELL_STALE);
+}
+
+static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
+    struct mkv_cell *cell = victim(c);
+    if (cell)
+        mkv_cell_evict(ns, cell);
+    else
+        give_up_kept(ns, c);
 }
 
 /* --- taking a cell --- */
@@ -276,7 +286,7 @@ static struct mkv_op *take_from(struct mkv_ns *ns, struct mkv_flash_class *c, ui
         cell && !mkv_drive_failed(ns->flash->f, d) ? mkv_op_begin(ns, MKV_OP_WRITE, d, bytes) : NULL;
     if (!op)
         return NULL;
-    take_out(ns, cell);
+    mkv_cell_take_out(ns, cell);
     cell->state = MKV_CELL_WRITING;
     op->cell = cell;
     op->io.offset = mkv_cell_offset(ns, cell);
@@ -372,7 +382,7 @@ static void drop_cell(struct mkv_ns *ns, struct mkv_cell *cell) {
         break;
     case MKV_CELL_FREE:
     case MKV_CELL_STALE:
-        take_out(ns, cell);
+        mkv_cell_take_out(ns, cell);
         mkv_cell_kill(ns, cell);
         break;
     case MKV_CELL_HELD:
@@ -433,7 +443,7 @@ void mkv_doom_stale(struct mkv_ns *ns, uint64_t max_each) {
             struct mkv_cells *l = &ns->flash->cls[i].stale[d];
             for (uint64_t n = max_each; n && l->tail; n--) {
                 struct mkv_cell *cell = l->tail;
-                take_out(ns, cell);
+                mkv_cell_take_out(ns, cell);
                 mkv_cell_doom(ns, cell, 0);
             }
         }
@@ -526,6 +536,7 @@ int64_t mkv_ns_segment_add(struct mkv_ns *ns, const struct mkv_segment *is, int 
         if (scan == 1)
             MKV_COUNT(nf->f, scan_total, count);
         mkv_scan_pump(ns);
+        mkv_write_again(ns);
         mkv_write_pump(ns);
         rc = s->handle;
     }

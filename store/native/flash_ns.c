@@ -86,12 +86,17 @@ void mkv_flash_tick(struct mkv_ns *ns) {
     mkv_kept_tick(ns, KEPT_PER_TICK);
     mkv_doom_stale(ns, ZERO_PER_TICK);
     mkv_zero_pump(ns);
+    mkv_drain_pump(ns);
     mkv_write_pump(ns);
     mkv_scan_pump(ns);
 }
 
 void mkv_flash_ticked(struct mkv_ns *ns) {
     mkv_flash_after(ns->flash->f);
+}
+
+void mkv_flash_room(struct mkv_ns *ns) {
+    mkv_stage_pump(ns, UINT64_MAX);
 }
 
 /* --- what the rest of the namespace does to a block --- */
@@ -139,6 +144,8 @@ void mkv_flash_deleted(struct mkv_ns *ns) {
 }
 
 int mkv_flash_wants(const struct mkv_ns *ns) {
+    if (ns->flash->draining && ns->flash->draining->drained)
+        return 1;
     for (uint32_t i = 0; i < ns->nclasses; i++)
         if (ns->flash->cls[i].wants)
             return 1;

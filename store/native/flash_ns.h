@@ -9,6 +9,7 @@
  *          │                       blocks that wait to be written                       (flash_writeback.c)
  *          ├─ doomed               cells whose header has to be zeroed                        (flash_zero.c)
  *          ├─ kept                 older images, until the newest is known to be good         (flash_kept.c)
+ *          ├─ draining             a segment that is given back                             (flash_drain.c)
  *          └─ stages, waiting      who wants blocks brought to DRAM                          (flash_stage.c)
  *
  * A cell's life. What may still be whole on the medium, and so might come back after a crash, is marked with
@@ -83,7 +84,8 @@ struct mkv_seg {
     uint32_t cls;         /* index */
     uint32_t next;        /* scanning: the next cell to be read */
     uint32_t unknown;     /* cells */
-    uint8_t import, gone; /* waits for mkv_ns_flash_imported; its device has failed */
+    uint8_t import, gone; /* waits for mkv_ns_flash_imported; its device has failed, or it was given up */
+    uint8_t drained;      /* to be given up, and empty */
     uint64_t live_bytes;  /* of HELD cells, payload */
 };
 
@@ -217,7 +219,9 @@ struct mkv_ns_flash {
     struct mkv_flash_class *cls; /* ns->nclasses of them */
     struct mkv_seg **seg;
     uint32_t segs;
-    uint64_t must; /* blocks in the dirty lists of that urgency */
+    struct mkv_seg *draining; /* to be given up */
+    uint8_t unbacked;         /* some blocks found no place on flash */
+    uint64_t must;            /* blocks in the dirty lists of that urgency */
     struct mkv_cells pinned;
     uint64_t pinned_bytes, cell_bytes; /* whole cells */
     struct mkv_cells doomed, kept;
@@ -293,6 +297,13 @@ void mkv_kept_take(struct mkv_ns *ns, struct mkv_cell *cell); /* KEPT -> in no l
 /* Dooms up to so many STALE cells of each class and device. */
 void mkv_doom_stale(struct mkv_ns *ns, uint64_t max_each);
 
+int mkv_cell_evictable(const struct mkv_cell *cell);
+void mkv_cell_evict(struct mkv_ns *ns, struct mkv_cell *cell);    /* HELD -> STALE, and gone from DRAM */
+void mkv_cell_take_out(struct mkv_ns *ns, struct mkv_cell *cell); /* FREE, STALE -> in no list */
+
+/* --- flash_drain.c --- */
+void mkv_drain_pump(struct mkv_ns *ns);
+
 /* --- flash_zero.c --- */
 void mkv_cell_doom(struct mkv_ns *ns, struct mkv_cell *cell, int bad); /* in no list -> DOOMED */
 void mkv_zero_pump(struct mkv_ns *ns);
@@ -310,6 +321,7 @@ void mkv_dirty_remove(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_dirty_hasten(struct mkv_ns *ns, int from, int to);   /* all of one urgency to another */
 void mkv_write_drop(struct mkv_ns *ns, struct mkv_extent *e); /* a block that is not clean is gone */
 void mkv_write_pump(struct mkv_ns *ns);
+void mkv_write_again(struct mkv_ns *ns); /* what found no place before */
 /* The check over a cold record. */
 uint64_t mkv_cold_check(const struct mkv_cold *cold, uint64_t secret);
 

@@ -17,6 +17,8 @@
  * that will bring its block (which any number of requests join), or that of the namespace, if there was no
  * extent or no op for it. The latter is looked through when a read ends and at every tick, when quarantines
  * end.
+ * A staged block is not evicted for some ticks: else a request that is larger than what DRAM can spare would
+ * drive out its own blocks before they are read, and nobody would get anything.
  */
 #include "flash_ns.h"
 #include "list.h"
@@ -28,6 +30,7 @@
 #include "arena.h"
 #include "clock.h"
 
+#define SPARED_TICKS 3    /* a staged block is not evicted before whoever asked has had time to READ it */
 #define KEYS_AT_ONCE 256u /* between which the lock is free for others */
 
 struct mkv_stage {
@@ -120,6 +123,7 @@ static void appear(struct mkv_ns *ns, struct mkv_op *op) {
     e->generation = mkv_arena_generation(ns->arena);
     mkv_write_line(s, e);
     e->state = MKV_EXTENT_STAGED;
+    e->until = ns->epoch + SPARED_TICKS;
     e->write = MKV_CLEAN;
     op->cell->doubtful = 0;
     s->filling--;

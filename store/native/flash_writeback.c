@@ -96,9 +96,10 @@ static void settle(struct mkv_ns *ns, struct mkv_extent *e) {
         mkv_evict(ns, e);
 }
 
+/* e is in no list. */
 static void give_up(struct mkv_ns *ns, struct mkv_extent *e) {
     MKV_COUNT(ns->flash->f, lost_memory_acks, 1);
-    not_dirty(ns, e->length);
+    ns->flash->unbacked = 1;
     settle(ns, e);
 }
 
@@ -131,8 +132,7 @@ static void failed(struct mkv_ns *ns, struct mkv_op *op) {
     if (++e->tries < TRIES_MAX) {
         mkv_dirty_add(ns, e, MKV_MUST);
     } else {
-        MKV_COUNT(op->f, lost_memory_acks, 1);
-        settle(ns, e);
+        give_up(ns, e);
     }
 }
 
@@ -223,8 +223,24 @@ static void give_up_class(struct mkv_ns *ns, struct mkv_flash_class *c) {
     for (int u = 0; u < 3; u++)
         while (c->dirty[u].head) {
             struct mkv_extent *e = c->dirty[u].head;
-            unlist(ns, e);
+            mkv_dirty_remove(ns, e);
             give_up(ns, e);
+        }
+}
+
+/* A segment has come: blocks that were given up are dirty again. */
+void mkv_write_again(struct mkv_ns *ns) {
+    if (!ns->flash->unbacked)
+        return;
+    ns->flash->unbacked = 0;
+    for (struct mkv_slab *s = ns->slabs; s; s = s->next)
+        for (uint32_t i = 0; s->state == MKV_SLAB_READY && i < s->count; i++) {
+            struct mkv_extent *e = &s->extent[i];
+            if (e->state != MKV_EXTENT_LIVE || e->write != MKV_CLEAN || e->cell)
+                continue;
+            mkv_settled_leave(ns, e);
+            e->tries = 0;
+            mkv_dirty_add(ns, e, MKV_DIRTY);
         }
 }
 

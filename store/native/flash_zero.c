@@ -29,6 +29,7 @@ static void zeroed(struct mkv_io *io) {
             mkv_cell_free(ns, cell, MKV_CELL_FREE);
     }
     mkv_zero_pump(ns);
+    mkv_drain_pump(ns);
     if (ns->flash->must) /* it may have waited for a cell */
         mkv_write_pump(ns);
     mkv_op_end(op);

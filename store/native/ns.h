@@ -65,7 +65,8 @@ struct mkv_extent { /* 88 B: what the node knows of one extent. Not registered: 
     uint8_t key[16];
     uint64_t generation; /* of the last publication */
     uint64_t checksum;
-    uint64_t until; /* QUARANTINE: the epoch of release; pinned: when the pin expires, ns */
+    uint64_t until; /* QUARANTINE: the epoch of release; STAGED: the epoch until which it is not evicted;
+                       pinned: when the pin expires, ns */
     struct mkv_extent *prev, *next;
     struct mkv_cell *cell; /* the block's place on flash, or NULL */
     uint32_t slab;
@@ -181,7 +182,8 @@ void mkv_rebalance(struct mkv_ns *ns, struct mkv_class *c);
 /* --- sieve.c --- */
 void mkv_sieve_add(struct mkv_sieve *s, struct mkv_extent *e);
 void mkv_sieve_remove(struct mkv_sieve *s, struct mkv_extent *e);
-struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s); /* still in the queue; NULL if that is empty */
+/* Still in the queue; NULL if there is none. */
+struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s, uint64_t epoch);
 
 /* --- fill.c --- */
 void mkv_write_line(const struct mkv_slab *s, const struct mkv_extent *e);
@@ -233,6 +235,7 @@ void mkv_place_touch(struct mkv_ns *ns, const struct mkv_place *p);
 void mkv_ns_flash_detach(struct mkv_ns *ns); /* wants no lock */
 void mkv_flash_tick(struct mkv_ns *ns);
 void mkv_flash_ticked(struct mkv_ns *ns);                     /* afterwards; wants no lock */
+void mkv_flash_room(struct mkv_ns *ns);                       /* extents have come free */
 int mkv_flash_wants(const struct mkv_ns *ns);                 /* a segment */
 int mkv_flash_full(const struct mkv_ns *ns, uint64_t length); /* too much is dirty */
 void mkv_flash_published(struct mkv_ns *ns, struct mkv_extent *e);

@@ -47,7 +47,7 @@ static void ask_for_slab(struct mkv_ns *ns, struct mkv_class *c) {
 }
 
 static int evict_one(struct mkv_ns *ns, struct mkv_class *c) {
-    struct mkv_extent *e = mkv_sieve_victim(&c->sieve);
+    struct mkv_extent *e = mkv_sieve_victim(&c->sieve, ns->epoch);
     if (!e)
         return 0;
     ns->n.evictions++;

@@ -105,6 +105,8 @@ int mkv_ns_slab_ready(struct mkv_ns *ns, uint64_t id) {
         c->coming--;
         c->slabs++;
         c->extents += s->count;
+        if (ns->flash)
+            mkv_flash_room(ns);
     }
     pthread_mutex_unlock(&ns->lock);
     return rc;

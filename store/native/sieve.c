@@ -4,7 +4,8 @@
  *                              ◄── the hand goes this way, and from the head back to the tail
  *
  * A touch sets a bit and moves nothing. The hand passes over visited blocks, clearing their bit, and takes
- * the first that nobody has touched since it last came by. Pinned blocks are not in the queue at all.
+ * the first that nobody has touched since it last came by. Pinned blocks are not in the queue at all; those
+ * that were staged a moment ago are passed over, for who asked for them is about to READ them.
  */
 #include "list.h"
 
@@ -21,13 +22,18 @@ void mkv_sieve_remove(struct mkv_sieve *s, struct mkv_extent *e) {
     mkv_list_unlink(&s->queue, e);
 }
 
-/* A hand that has come past HAND_MAX visited blocks takes what it stands on. */
-struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s) {
+static int is_spared(const struct mkv_extent *e, uint64_t epoch) {
+    return e->state == MKV_EXTENT_STAGED && e->until > epoch;
+}
+
+/* A hand that has gone HAND_MAX steps, or round twice, takes what it stands on, unless that is spared. */
+struct mkv_extent *mkv_sieve_victim(struct mkv_sieve *s, uint64_t epoch) {
     struct mkv_extent *e = s->hand ? s->hand : s->queue.tail;
-    for (unsigned i = 0; e && e->visited && i < HAND_MAX; i++) {
+    uint64_t steps = 2 * s->queue.count < HAND_MAX ? 2 * s->queue.count : HAND_MAX;
+    for (uint64_t i = 0; e && i < steps && (e->visited || is_spared(e, epoch)); i++) {
         e->visited = 0;
         e = e->prev ? e->prev : s->queue.tail;
     }
     s->hand = e;
-    return e;
+    return e && !is_spared(e, epoch) ? e : NULL;
 }

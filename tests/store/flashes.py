@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -17,6 +18,12 @@ from memkv.store.native._store import ffi, lib
 
 from .spaces import Found, Space, key_of, payload_of, read_bucket
 
+PENDING, HIT, MISS, STORED = lib.MKV_PENDING, lib.MKV_HIT, lib.MKV_MISS, lib.MKV_STORED
+EXISTS, DONE = lib.MKV_EXISTS, lib.MKV_DONE
+TIMEOUT, CORRUPT, FULL, DEVICE = lib.MKV_TIMEOUT, lib.MKV_CORRUPT, lib.MKV_ERROR_FULL, lib.MKV_ERROR_DEVICE
+EMPTY, LIVE, FLASH = layout.SLOT_EMPTY, layout.SLOT_LIVE, layout.SLOT_FLASH
+READ, WRITE, FLUSH = lib.MKV_IO_READ, lib.MKV_IO_WRITE, lib.MKV_IO_FLUSH
+EIO = -errno.EIO
 LENGTH = 2048  # of most blocks of these tests: the longest of their namespace
 STRIDE = 512 + LENGTH  # of the cells of its class
 SECRET = 0x5EC2E7
@@ -132,6 +139,7 @@ class FlashSpace(Space):
 
     def close(self) -> None:
         if self.ns != ffi.NULL:
+            lib.mkv_flashio_fault_clear(self.io)  # nothing is freed while a request is held up
             lib.mkv_ns_free(self.ns)
             lib.mkv_flash_free(self.flash)
             lib.mkv_flashio_free(self.io)
@@ -145,7 +153,12 @@ class FlashSpace(Space):
         self.serve_segments()
 
     def serve_segments(self) -> bool:
-        """Gives out the segments that are wanted. False: so that it can be part of a condition."""
+        """Gives out what is wanted, takes back what is given up. False: it is often part of a condition."""
+        given = ffi.new("struct mkv_segment *")
+        if lib.mkv_ns_segment_given_up(self.ns, given) == 0:
+            place = given.number, given.device
+            self.disks.assigned = [s for s in self.disks.assigned if (s.number, s.device) != place]
+            self.disks.free.append((int(given.number), int(given.device)))
         while payload := lib.mkv_ns_segment_wanted(self.ns):
             segment = None if self.deny else self.disks.take(payload, frozenset(self.dead))
             if segment is None or self.add(segment) < 0:

@@ -101,6 +101,7 @@ class Room:
         self, channel: FakeChannel, n: int, seconds: float, credit: int = 1 << 20, durable: int = 0
     ) -> Any:
         """Readies the job for n blocks; returns the statuses as they will be."""
+        self.channel = channel  # or its callbacks could be collected under the job
         channel.places = self.places
         status = np.zeros(n, np.uint8)
         self.columns = [

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import time
 
 import pytest
 
-from memkv.store import layout
 from memkv.store.native._store import lib
 
 from ..flashes import (
+    DONE,
+    EIO,
+    EXISTS,
+    FLUSH,
     LENGTH,
+    MISS,
+    PENDING,
+    STORED,
+    WRITE,
     Disks,
     FlashSpace,
     fill,
@@ -21,13 +27,6 @@ from ..spaces import key_of, payload_of
 from .conftest import Room
 
 pytestmark = pytest.mark.asan
-
-PENDING, HIT, MISS, STORED = lib.MKV_PENDING, lib.MKV_HIT, lib.MKV_MISS, lib.MKV_STORED
-EXISTS, DONE = lib.MKV_EXISTS, lib.MKV_DONE
-TIMEOUT, CORRUPT, FULL, DEVICE = lib.MKV_TIMEOUT, lib.MKV_CORRUPT, lib.MKV_ERROR_FULL, lib.MKV_ERROR_DEVICE
-EMPTY, LIVE, FLASH = layout.SLOT_EMPTY, layout.SLOT_LIVE, layout.SLOT_FLASH
-READ, WRITE, FLUSH = lib.MKV_IO_READ, lib.MKV_IO_WRITE, lib.MKV_IO_FLUSH
-EIO = -errno.EIO
 
 
 def test_a_block_is_durable_with_the_flush_that_follows_its_write(space: FlashSpace) -> None:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import time
 
 import pytest
 
-from memkv.store import layout
-from memkv.store.native._store import lib
+from memkv.store.native._store import ffi, lib
 
 from ..flashes import (
+    DEVICE,
+    DONE,
+    FLASH,
+    FULL,
     LENGTH,
+    LIVE,
+    MISS,
+    STORED,
     FlashSpace,
     fill,
     record_of,
 )
-from ..spaces import key_of, payload_of
+from ..spaces import EAGAIN, EBUSY, ENOENT, key_of, payload_of
 from .conftest import Room
 
 pytestmark = pytest.mark.asan
-
-PENDING, HIT, MISS, STORED = lib.MKV_PENDING, lib.MKV_HIT, lib.MKV_MISS, lib.MKV_STORED
-EXISTS, DONE = lib.MKV_EXISTS, lib.MKV_DONE
-TIMEOUT, CORRUPT, FULL, DEVICE = lib.MKV_TIMEOUT, lib.MKV_CORRUPT, lib.MKV_ERROR_FULL, lib.MKV_ERROR_DEVICE
-EMPTY, LIVE, FLASH = layout.SLOT_EMPTY, layout.SLOT_LIVE, layout.SLOT_FLASH
-READ, WRITE, FLUSH = lib.MKV_IO_READ, lib.MKV_IO_WRITE, lib.MKV_IO_FLUSH
-EIO = -errno.EIO
 
 
 def full_flash(room: Room) -> tuple[FlashSpace, list[bytes]]:
@@ -121,3 +119,50 @@ def test_a_block_for_which_there_is_no_place_at_all_stays_in_dram_and_is_not_dur
     for n in range(100, 120):
         assert space.put_patiently(key_of(n), payload_of(key_of(n), LENGTH)) == STORED
     assert not space.holds(large)
+
+
+def test_a_segment_is_given_back_for_a_class_that_has_none(room: Room) -> None:
+    """Its blocks are evicted and leave nothing behind; what had no place on flash is written then."""
+    disks = room.disks(devices=1, segments=2)
+    space = room.start(disks, slabs=2)
+    small = fill(space, 100, length=100)  # takes both segments
+    (large,) = fill(space, 1, first=1000)
+    assert space.durable(large) == DEVICE
+    before = space.flash_stats()
+    assert before.segments == 2
+    assert lib.mkv_ns_segment_give_up(space.ns) == 0
+    assert lib.mkv_ns_segment_give_up(space.ns) == EBUSY
+    space.wait(lambda: lib.mkv_ns_chores(space.ns) & lib.MKV_CHORE_SEGMENT)
+    given = ffi.new("struct mkv_segment *")
+    assert lib.mkv_ns_segment_given_up(space.ns, given) == 0
+    assert lib.mkv_ns_segment_given_up(space.ns, given) == ENOENT
+    assert given.payload == 512
+    image = disks.image(given.device, given.offset, given.bytes)
+    assert not any(image[at : at + 512].strip(b"\0") for at in range(0, given.bytes, 1024))
+    (segment,) = (s for s in disks.assigned if s.number == given.number)
+    segment.payload, segment.epoch = LENGTH, 99
+    assert space.add(segment) >= 0
+    assert space.make_durable(large) == DONE
+    held = [key for key in small if space.holds(key)]
+    assert 0 < len(held) <= before.extents // 2
+    assert all(space.staged(key) == payload_of(key, 100) for key in held)
+    assert lib.mkv_ns_segment_give_up(space.ns) == ENOENT  # each class has one now
+
+
+def test_a_segment_is_given_back_only_when_nothing_in_it_is_pinned_or_on_its_way(room: Room) -> None:
+    space = room.start(room.disks(devices=1, segments=2), slabs=2)
+    keys = fill(space, 24)
+    pinned = [key for key in keys if space.state(key) == FLASH]
+    assert DONE in space.pin(*pinned)
+    assert lib.mkv_ns_segment_give_up(space.ns) == 0
+    given = ffi.new("struct mkv_segment *")
+    held = [key for key in pinned if space.holds(key)]
+    until = time.monotonic() + 5
+    while (rc := lib.mkv_ns_segment_given_up(space.ns, given)) == EAGAIN and time.monotonic() < until:
+        if held:
+            space.unpin(held.pop())
+        space.tick()
+        time.sleep(0.001)
+    assert rc == 0
+    assert given.payload == LENGTH
+    assert len([key for key in keys if space.holds(key)]) <= 12

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 
-from memkv.store import layout
 from memkv.store.native._store import ffi, lib
 
 from ..flashes import (
+    DEVICE,
+    DONE,
+    EIO,
+    FLASH,
+    FLUSH,
     LENGTH,
+    LIVE,
+    READ,
+    STORED,
+    WRITE,
     Disks,
     FlashSpace,
     cool,
@@ -21,13 +27,6 @@ from ..spaces import key_of, payload_of
 from .conftest import Room
 
 pytestmark = pytest.mark.asan
-
-PENDING, HIT, MISS, STORED = lib.MKV_PENDING, lib.MKV_HIT, lib.MKV_MISS, lib.MKV_STORED
-EXISTS, DONE = lib.MKV_EXISTS, lib.MKV_DONE
-TIMEOUT, CORRUPT, FULL, DEVICE = lib.MKV_TIMEOUT, lib.MKV_CORRUPT, lib.MKV_ERROR_FULL, lib.MKV_ERROR_DEVICE
-EMPTY, LIVE, FLASH = layout.SLOT_EMPTY, layout.SLOT_LIVE, layout.SLOT_FLASH
-READ, WRITE, FLUSH = lib.MKV_IO_READ, lib.MKV_IO_WRITE, lib.MKV_IO_FLUSH
-EIO = -errno.EIO
 
 
 # --- faults of devices ---

@@ -86,9 +86,10 @@ class FlashMachine(RuleBasedStateMachine):
         flash_gone, dram_gone = flash - self.evicted[0], dram - self.evicted[1]
         assert len(gone) >= flash_gone - len(self.fresh)
         assert len(gone) <= flash_gone + dram_gone or retired > self.evicted[2]
+        slab_gone = retired > self.evicted[2]  # with it what flash had no place for, pinned or not
         self.evicted = flash, dram, retired
         for key in gone:
-            assert key not in self.pins
+            assert key not in self.pins or (slab_gone and key not in self.durable)
             self.forget(key)
         self.fresh.clear()
 
@@ -242,6 +243,11 @@ class FlashMachine(RuleBasedStateMachine):
                 self.pins[key] = self.pins.get(key, 0) + 1
             self.space.check()
         lib.mkv_flashio_fault_clear(self.space.io)
+        self.notice_evictions()
+
+    @rule()
+    def give_a_segment_back(self) -> None:
+        lib.mkv_ns_segment_give_up(self.space.ns)
         self.notice_evictions()
 
     @rule()

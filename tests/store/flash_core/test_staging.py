@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import random
 import select
@@ -13,12 +12,23 @@ from typing import Any
 
 import pytest
 
-from memkv.store import layout
 from memkv.store.native._store import ffi, lib
 
 from ..flashes import (
+    CORRUPT,
+    DEVICE,
+    DONE,
+    EIO,
+    FLASH,
     FOREVER,
+    FULL,
+    HIT,
     LENGTH,
+    LIVE,
+    MISS,
+    PENDING,
+    READ,
+    TIMEOUT,
     Disks,
     FlashSpace,
     cool,
@@ -29,13 +39,6 @@ from ..spaces import Found, key_of, payload_of
 from .conftest import Room
 
 pytestmark = pytest.mark.asan
-
-PENDING, HIT, MISS, STORED = lib.MKV_PENDING, lib.MKV_HIT, lib.MKV_MISS, lib.MKV_STORED
-EXISTS, DONE = lib.MKV_EXISTS, lib.MKV_DONE
-TIMEOUT, CORRUPT, FULL, DEVICE = lib.MKV_TIMEOUT, lib.MKV_CORRUPT, lib.MKV_ERROR_FULL, lib.MKV_ERROR_DEVICE
-EMPTY, LIVE, FLASH = layout.SLOT_EMPTY, layout.SLOT_LIVE, layout.SLOT_FLASH
-READ, WRITE, FLUSH = lib.MKV_IO_READ, lib.MKV_IO_WRITE, lib.MKV_IO_FLUSH
-EIO = -errno.EIO
 
 
 def test_who_asks_for_a_block_that_is_on_its_way_joins(space: FlashSpace) -> None:
@@ -79,7 +82,6 @@ def test_what_finds_no_extent_waits_for_one_and_no_longer_than_it_said(room: Roo
     assert lib.mkv_stage_done(late)
     assert not lib.mkv_stage_done(patient)
     space.abandon(fills.pop())
-    space.tick()
     space.settle()
     ((_, status, found),) = space.stage_collect(patient, 2)
     assert (status, space.fetch(found, cold[1])) == (HIT, payload_of(cold[1], LENGTH))
@@ -210,3 +212,21 @@ def test_no_mixture_is_ever_accepted_of_an_extent_that_is_staged_into_again_and_
     assert hits > 50
     assert accepted[0] > 50
     assert refused[0] > 50
+
+
+def test_a_staged_block_stays_until_whoever_asked_has_had_time_to_read_it(room: Room, disks: Disks) -> None:
+    """Twelve blocks are asked for, six find room at a time, and every one of them can be read."""
+    space = room.start(disks, slabs=1)
+    keys = fill(space, 20)
+    space.tick(40)  # the reserve of the puts is forgotten
+    cold = [key for key in keys if space.state(key) == FLASH][:12]
+    stage = space.stage_begin(*cold)
+    answered = []
+    for _ in range(60):
+        space.settle()
+        for index, status, found in space.stage_collect(stage, len(cold)):
+            assert (status, space.fetch(found, cold[index])) == (HIT, payload_of(cold[index], LENGTH))
+            answered.append(index)
+        space.tick()
+    assert sorted(answered) == list(range(12))
+    lib.mkv_stage_free(stage)
