@@ -12,8 +12,7 @@
  *          ├─ draining             a segment that is given back                             (flash_drain.c)
  *          └─ stages, waiting      who wants blocks brought to DRAM                          (flash_stage.c)
  *
- * A cell's life. What may still be whole on the medium, and so might come back after a crash, is marked with
- * *:
+ * A cell's life. What may be whole on the medium, and so might come back after a crash, has a star:
  *
  *                     ┌───────────────────── zeroed ◄──────────────────────┐
  *                     ▼                                                    │

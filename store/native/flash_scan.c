@@ -4,11 +4,10 @@
  * segment to segment in turn, so that all devices are busy. A header is believed if all of this holds:
  *
  *   magic, version, keyed check   else it is torn, flipped, or of another store, whose secret is another one
- *   slab epoch, namespace         else it is of an earlier assignment of this span, in which this place was
- *                                 perhaps in the middle of a payload: whoever put that may have planted
- *                                 a header there, a copy of a true one, but not one with an epoch of the
- * future device, offset                else it was meant for another place sequence                      the
- * highest of several images of a key; the others are KEPT (flash_kept.c)
+ *   slab epoch, namespace         else it is of an earlier assignment of this span, or planted: a copy of a
+ *                                 true header, in a payload; but nobody has one with an epoch of the future
+ *   device, offset                else it was meant for another place
+ *   sequence                      the highest of several images of a key; the others are KEPT (flash_kept.c)
  *
  * What is believed is the header only. The payload behind it may be torn, since nothing orders the sectors of
  * one write: it is verified when it is first staged, or by mkv_ns_scrub, and before that no peer sees it. Nor
