@@ -42,6 +42,7 @@ SOURCES = [
     "flashio_fault.c",
     "flash.c",
     "flash_barrier.c",
+    "flash_segment.c",
     "flash_cell.c",
     "flash_zero.c",
     "flash_drain.c",

@@ -1,4 +1,4 @@
-/* flash_cell.c: places on flash: segments, the cells in them, who gets one, and which block has to go.
+/* flash_cell.c: cells, the places on flash: who gets one, and which block has to go.
  *
  * A segment is a span of a device, all of one size class, assigned for good by Python, which has written that
  * down before it adds the segment here. Consecutive images of a class go to the devices in turn (striping),
@@ -14,17 +14,11 @@
 #include "flash_ns.h"
 #include "list.h"
 
-#include <errno.h>
-#include <stdlib.h>
-
 #include "arena.h"
 #include "clock.h"
 
-#define ASK_BELOW   32u        /* cells free: time for a further segment */
-#define ASK_TICKS   256u       /* after a refusal */
-#define HAND_MAX    4096u      /* steps in one go: the lock is held meanwhile */
-#define CELLS_MAX   (1u << 21) /* that a location can number, in one segment */
-#define HANDLES_MAX (1u << 20)
+#define ASK_BELOW 32u   /* cells free: time for a further segment */
+#define HAND_MAX  4096u /* steps in one go: the lock is held meanwhile */
 
 /* --- lists of cells --- */
 
@@ -447,99 +441,4 @@ void mkv_doom_stale(struct mkv_ns *ns, uint64_t max_each) {
                 mkv_cell_doom(ns, cell, 0);
             }
         }
-}
-
-/* --- segments --- */
-
-uint64_t mkv_ns_segment_wanted(struct mkv_ns *ns) {
-    uint64_t payload = 0;
-    pthread_mutex_lock(&ns->lock);
-    for (uint32_t i = 0; ns->flash && i < ns->nclasses && !payload; i++)
-        if (ns->flash->cls[i].wants)
-            payload = ns->cls[i].payload;
-    pthread_mutex_unlock(&ns->lock);
-    return payload;
-}
-
-static struct mkv_flash_class *class_with(struct mkv_ns *ns, uint64_t payload) {
-    for (uint32_t i = 0; ns->flash && i < ns->nclasses; i++)
-        if (ns->cls[i].payload == payload)
-            return &ns->flash->cls[i];
-    return NULL;
-}
-
-void mkv_ns_segment_denied(struct mkv_ns *ns, uint64_t payload) {
-    pthread_mutex_lock(&ns->lock);
-    struct mkv_flash_class *c = class_with(ns, payload);
-    if (c) {
-        c->wants = 0;
-        c->denied = 1;
-        c->ask_again = ns->epoch + ASK_TICKS;
-        mkv_write_pump(ns);
-    }
-    pthread_mutex_unlock(&ns->lock);
-    if (c)
-        mkv_flash_after(ns->flash->f);
-}
-
-static int fits(struct mkv_ns *ns, const struct mkv_segment *is, uint64_t count) {
-    struct mkv_flash *f = ns->flash->f;
-    if (is->device >= MKV_MAX_DEVICES || !f->drive[is->device].known)
-        return -ENODEV;
-    if (mkv_drive_failed(f, is->device))
-        return -EIO;
-    if (is->offset % ns->align || !count || count > CELLS_MAX || !is->epoch)
-        return -EINVAL;
-    return ns->flash->segs < HANDLES_MAX ? 0 : -ENOSPC;
-}
-
-int64_t mkv_ns_segment_add(struct mkv_ns *ns, const struct mkv_segment *is, int scan) {
-    struct mkv_seg *s = NULL;
-    pthread_mutex_lock(&ns->lock);
-    struct mkv_ns_flash *nf = ns->flash;
-    struct mkv_flash_class *c = class_with(ns, is->payload);
-    uint64_t count = c ? is->bytes / (ns->align + is->payload) : 0;
-    int64_t rc = c ? fits(ns, is, count) : -EINVAL;
-    if (!rc) {
-        struct mkv_seg **more = realloc(nf->seg, (nf->segs + 1) * sizeof *more);
-        if (more)
-            nf->seg = more;
-        s = more ? calloc(1, sizeof *s) : NULL;
-        if (s)
-            s->cell = calloc(count, sizeof *s->cell);
-        if (!s || !s->cell) {
-            free(s);
-            rc = -ENOMEM;
-        }
-    }
-    if (!rc) {
-        s->is = *is;
-        s->count = (uint32_t)count;
-        s->cls = (uint32_t)(c - nf->cls);
-        s->handle = nf->segs;
-        nf->seg[nf->segs++] = s;
-        nf->n.segments++;
-        nf->n.extents += count;
-        nf->cell_bytes += count * stride(ns, s);
-        c->segments++;
-        c->cells += count;
-        c->wants = c->denied = 0;
-        c->ask_again = 0;
-        s->import = scan == 2;
-        s->unknown = scan == 1 ? s->count : 0;
-        nf->unknown += s->unknown;
-        for (uint32_t i = s->count; i-- > 0;) { /* so that the first is the first to be used */
-            s->cell[i].segment = s->handle;
-            if (!scan)
-                mkv_cell_free(ns, &s->cell[i], MKV_CELL_FREE);
-        }
-        if (scan == 1)
-            MKV_COUNT(nf->f, scan_total, count);
-        mkv_scan_pump(ns);
-        mkv_write_again(ns);
-        mkv_write_pump(ns);
-        rc = s->handle;
-    }
-    pthread_mutex_unlock(&ns->lock);
-    return rc;
 }

@@ -4,7 +4,7 @@
  *     ├─ op[]                      requests under way, and what each is for                       (flash.c)
  *     ├─ round                     how barriers are carried out                           (flash_barrier.c)
  *     └─ mkv_ns_flash              a namespace's part                                          (flash_ns.c)
- *          ├─ seg[] ──► cell[]     places for one image each, all of one size class          (flash_cell.c)
+ *          ├─ seg[] ──► cell[]     places for one image each, of one class    (flash_segment.c, _cell.c)
  *          ├─ cls[]                by size class: free cells per device, a sieve of held ones,
  *          │                       blocks that wait to be written                       (flash_writeback.c)
  *          ├─ doomed               cells whose header has to be zeroed                        (flash_zero.c)
