@@ -117,8 +117,8 @@ struct mkv_flash_record { /* 64 B: one block on flash, as the snapshot keeps it 
     uint32_t namespace_id;
     uint32_t spare[2];
 };
-/* All blocks that are on flash, and older images that are kept: fills at most max, returns how many there are.
- * For a snapshot: after mkv_flash_sync is over, with nothing going on since. */
+/* All blocks that are on flash, and older images that are kept: fills at most max, returns how many there
+ * are. For a snapshot: after mkv_flash_sync is over, with nothing going on since. */
 uint64_t mkv_ns_flash_export(struct mkv_ns *ns, struct mkv_flash_record *out, uint64_t max);
 /* Into segments that were added with scan 2; what does not fit one is skipped. Returns how many were looked
  * at: all of them, unless the index has no room for more (MKV_CHORE_TABLE): the rest is for another call. */
