@@ -1,4 +1,4 @@
-"""Packaging: the Python rooms behind the one import name ``memkv``, and three C extensions built by cffi.
+"""Packaging: the Python rooms behind the one import name ``memkv``, and four C extensions built by cffi.
 
 ``memkv/rdma``, ``memkv/store``, ``memkv/gpudirect`` and ``memkv/cli`` are links to the top-level folders, so
 every path below goes through ``memkv/``: that is what makes wheel, sdist and editable install agree.
@@ -21,7 +21,7 @@ from setuptools.command.build_py import build_py
 if find_spec("cffi") is None:  # setuptools would only warn, and install a memkv without its C core
     raise SystemExit("memkv cannot be built: no cffi here: pip install cffi setuptools wheel")
 
-NATIVE = ["memkv/rdma/native", "memkv/store/native", "memkv/native"]
+NATIVE = ["memkv/rdma/native", "memkv/store/native", "memkv/gpudirect/native", "memkv/native"]
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g", "-U_FORTIFY_SOURCE"]
 HEADERS = {  # what a build includes, and the Debian package that has it
@@ -57,7 +57,7 @@ def check_toolchain() -> None:
 
 
 class BuildExt(build_ext):
-    """The same flags for all three, and no older build left where Python would import it first."""
+    """The same flags for all, and no older build left where Python would import it first."""
 
     def pre_run(self, ext, ffi):  # cffi calls it before it writes the C code of an extension
         ext.extra_compile_args = CFLAGS + [f for f in ext.extra_compile_args if f not in CFLAGS]

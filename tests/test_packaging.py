@@ -21,8 +21,14 @@ from memkv import __version__
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("memkv", "rdma", "store", "gpudirect", "cli", "docs")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-BUILT = ("*.so", "*.o", "__pycache__", "_rdma.c", "_store.c", "_peer.c", "build", "*.egg-info")
-CORES = {"memkv/rdma/native/_rdma.abi3.so", "memkv/store/native/_store.abi3.so", "memkv/native/_peer.abi3.so"}
+GENERATED = ("_rdma.c", "_store.c", "_copier.c", "_peer.c")
+BUILT = ("*.so", "*.o", "__pycache__", *GENERATED, "build", "*.egg-info")
+CORES = {
+    "memkv/rdma/native/_rdma.abi3.so",
+    "memkv/store/native/_store.abi3.so",
+    "memkv/gpudirect/native/_copier.abi3.so",
+    "memkv/native/_peer.abi3.so",
+}
 
 needs_build = pytest.mark.skipif(
     any(shutil.which(t) is None for t in ("gcc", "readelf")),
@@ -166,11 +172,10 @@ def test_sdist_has_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as tar:
         names = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
 
-    native = [
-        p.relative_to(ROOT) for f in ("rdma", "store", "memkv") for p in (ROOT / f / "native").glob("*.[ch]")
-    ]
+    rooms = ("rdma", "store", "gpudirect", "memkv")
+    native = [p.relative_to(ROOT) for f in rooms for p in (ROOT / f / "native").glob("*.[ch]")]
     sources = {str(p if p.parts[0] == "memkv" else Path("memkv", p)) for p in native}
-    assert names >= {s for s in sources if Path(s).name not in ("_rdma.c", "_store.c", "_peer.c")}
+    assert names >= {s for s in sources if Path(s).name not in GENERATED}
     assert names >= {
         "setup.py",
         "pyproject.toml",
@@ -179,10 +184,8 @@ def test_sdist_has_what_a_build_needs(sdist: Path) -> None:
         "docs/protocol.md",
         "memkv/py.typed",
     }
-    assert names >= {f"memkv/{f}native/build.py" for f in ("", "rdma/", "store/")}
-    assert not [
-        n for n in names if n.endswith((".so", ".o")) or Path(n).name in ("_rdma.c", "_store.c", "_peer.c")
-    ]
+    assert names >= {f"memkv/{f}native/build.py" for f in ("", "rdma/", "store/", "gpudirect/")}
+    assert not [n for n in names if n.endswith((".so", ".o")) or Path(n).name in GENERATED]
 
 
 @needs_build
@@ -255,6 +258,7 @@ def test_editable_install_leaves_the_core_in_the_tree(tree: Path, tmp_path: Path
     assert {str(p.relative_to(copy)) for p in copy.rglob("native/*.so")} == {
         "rdma/native/_rdma.abi3.so",
         "store/native/_store.abi3.so",
+        "gpudirect/native/_copier.abi3.so",
         "memkv/native/_peer.abi3.so",
     }
 
