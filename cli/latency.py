@@ -1,8 +1,10 @@
 """The command latency: one block at a time, inside the C call and from Python, what Python adds to a call,
 and what a get costs the processor (:mod:`memkv.cli.cpu`).
 
-"In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. "From
-Python" is the whole call of ``get_into``. The difference is what Python adds.
+"In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. It is
+taken twice: back to back in a loop in C, as perftest and the bare loop take theirs, and *apart*, of calls from
+Python, between which the processor forgets some and the device falls asleep. "From Python" is the whole call
+of ``get_into``; what is above its time in C is what Python adds.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..batches import Batch, Parts
+from ..channels import ReadChannel
+from ..native import _peer
 from ..peer import Peer
 from ..rdma.devices import Selection
 from ..rdma.errors import MemKVError
+from ..rdma.native import _rdma
+from ..session import Session
 from ..status import FIRST_ERROR, Status
 from . import cpu, pattern, perftest
 from .cluster import Wish
@@ -29,9 +35,11 @@ from .report import Row, Steps
 from .rig import LimitHolder, Options, Rig, heading, open_nodes, rail
 from .sample import Keys
 
+_RUN_ONE = _rdma.ffi.addressof(_rdma.lib, "mkv_run_one")
 BATCHES = (1, 64, 1024)  # for what Python adds
 NOTES = (
-    "µs of one call, in C; ratio: p50 to the bare loop's in the same round, median over rounds.",
+    "µs of one call, in C, back to back; ratio: p50 to the bare loop's in the same round, median over rounds.",
+    "apart p50: in C too, of calls from Python; python p50: the whole of such a call.",
     "python adds: whole call less its time in C, medians of each batch size.",
     "cpu: of the thread that gets, by getrusage; user time is ours, C and Python. Waiting is asleep here.",
 )
@@ -40,11 +48,22 @@ NOTES = (
 class TimedBatch(Batch):
     """A batch that notes how long its jobs were in C (with several nodes: the longest)."""
 
-    __slots__ = ("in_c_ns",)
+    __slots__ = ("good", "in_c_ns", "repeats")
 
-    def __init__(self, keys: Keys, slices: Any, *, fresh: bool = False) -> None:
+    def __init__(self, keys: Keys, slices: Any, *, fresh: bool = False, repeats: int = 0) -> None:
         super().__init__(keys, slices, False, fresh)
         self.in_c_ns = 0
+        self.repeats = np.zeros(repeats, np.uint64)  # ns of calls back to back, before the one that counts
+        self.good = 0  # of these
+
+    def load(self, session: Session, channel: ReadChannel, index: Any, timeout: float) -> Any:
+        job = super().load(session, channel, index, timeout)
+        if len(self.repeats):
+            run_one = _peer.ffi.cast("void *", int(_rdma.ffi.cast("uintptr_t", _RUN_ONE)))
+            out = _peer.ffi.from_buffer("uint64_t[]", self.repeats)
+            self.good = _peer.lib.mkv_getjob_repeat(job, run_one, int(timeout * 1e9), len(out), out)
+            channel.start(timeout)
+        return job
 
     def unload(self, unknown: Parts, cold: Parts) -> None:
         jobs = [channel.job.job for _, channel, _ in self.under_way]
@@ -54,16 +73,31 @@ class TimedBatch(Batch):
 
 @dataclass(slots=True)
 class Calls:
-    """Times of one kind of call, round by round, in µs: in C, and from Python."""
+    """Times of one kind of call, round by round, in µs: back to back, in C, and from Python."""
 
     what: str
     batch: int = 1
     fresh: bool = False
+    loop: list[list[float]] = field(default_factory=list)
     in_c: list[list[float]] = field(default_factory=list)
     whole: list[list[float]] = field(default_factory=list)
     hits: int = 0
     misses: int = 0
     errors: int = 0
+
+    def back_to_back(self, peer: Peer, lane: Lane, count: int) -> None:
+        """A round of ``count`` calls in a loop in C, of one block after the other."""
+        times: list[float] = []
+        n = len(lane.keys)
+        each = min(count, 50)
+        for i in range(count // each):
+            part = slice(i % n, i % n + 1)
+            batch = TimedBatch(lane.keys[part], lane.slices[part], fresh=self.fresh, repeats=each)
+            peer._gets.run(batch, TIMEOUT)
+            times += (batch.repeats / 1000).tolist()
+            self.hits += batch.good
+            self.errors += each - batch.good
+        self.loop.append(times)
 
     def add(self, peer: Peer, lane: Lane, count: int) -> None:
         """A round of ``count`` calls. The bytes are compared after the round, once."""
@@ -129,8 +163,9 @@ def run(
                 bares.append(bare())
                 if device is not None and not (tools and tools[-1].value is None):
                     tools.append(_tool(device, size, each))
-                cached.add(rig.peer, lane, each)
-                cold.add(rig.peer, lane, each)
+                for kind in (cached, cold):
+                    kind.back_to_back(rig.peer, lane, each)
+                    kind.add(rig.peer, lane, each)
                 steps.done()
             for _ in range(rounds):
                 steps.now("what Python adds")
@@ -188,11 +223,12 @@ def _rows(
             row.ratio = median_ratio(tool, limits)
         rows.append(row)
     for kind in kinds:
-        p50s = [median(r) for r in kind.in_c]
+        p50s = [median(r) for r in kind.loop]
         row = Row(
-            what=kind.what, size=size, batch=1, times_us=_flat(kind.in_c), ratio=median_ratio(p50s, limits)
+            what=kind.what, size=size, batch=1, times_us=_flat(kind.loop), ratio=median_ratio(p50s, limits)
         )
         row.hits, row.misses, row.errors = kind.hits, kind.misses, kind.errors
+        row.extra["apart_p50_us"] = median(_flat(kind.in_c).tolist())
         row.extra["python_p50_us"] = median(_flat(kind.whole).tolist())
         if tool and len(tool) == len(p50s):
             row.extra["perftest_ratio"] = median_ratio(p50s, tool)

@@ -496,6 +496,21 @@ void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t time
         release(g, f);
 }
 
+uint32_t mkv_getjob_repeat(struct mkv_getjob *g, void (*run)(struct mkv_job *), uint64_t timeout_ns,
+                           uint32_t count, uint64_t *took_ns) {
+    struct mkv_channel *ch = g->job.ch;
+    uint32_t good = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        mkv_getjob_init(g, ch, timeout_ns);
+        run(&g->job);
+        took_ns[i] = g->job.ended_ns - g->job.started_ns;
+        good += g->hits == g->n;
+        if (g->job.rc) /* the channel may be of no more use */
+            return good;
+    }
+    return good;
+}
+
 void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n) {
     for (uint32_t i = 0; i < n; i++)
         if (mkv_location_state(slots[i].location) == MKV_SLOT_LIVE)

@@ -82,6 +82,11 @@ struct mkv_getjob {
 /* Prepares a job whose fields above "state" are set; the deadline is timeout_ns from now. */
 void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t timeout_ns);
 
+/* For benchmarks: a prepared job `count` times back to back, as perftest does it, by `run` (mkv_run_one).
+ * What each took goes into took_ns; returns how many of them had all their keys. */
+uint32_t mkv_getjob_repeat(struct mkv_getjob *g, void (*run)(struct mkv_job *), uint64_t timeout_ns,
+                           uint32_t count, uint64_t *took_ns);
+
 /* Notes down locations that the node has told us. */
 void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n);
 

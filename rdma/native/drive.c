@@ -1,13 +1,19 @@
 /* drive.c: makes jobs progress, spinning briefly and then asleep on their channels.
  *
  * A poller that spins takes the CPU from whoever would bring its completion (soft-RoCE's kernel threads, a
- * tcp responder), so it spins only where there is more than one CPU, and not for long. Before sleeping, every
- * channel is armed and polled once more: a completion between the last poll and the arming would otherwise go
- * unseen.
+ * tcp responder), so it spins only where there is more than one CPU, and only as long as that pays. How long
+ * is learned: a wait of w that ended while spinning asks for twice w the next time, a spin in vain halves the
+ * patience, and now and then one wait is given all of MAX_PATIENCE spins, as waits may have become shorter
+ * than what a sleep makes of them. One thread of a process at a time is more patient than the least: two that
+ * spin for one another's CPU gain nothing.
+ *
+ * Before sleeping, every channel is armed and polled once more: a completion between the last poll and the
+ * arming would otherwise go unseen.
  */
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -17,7 +23,11 @@
 #define MAX_FDS      256u
 #define MAX_SLEEP_NS 100000000ull /* a look at broken channels now and then; deadlines wake by themselves */
 
+#define MAX_PATIENCE 10u /* times spin_ns: the longest spin */
+#define EXPLORE      32u /* of so many waits in vain, one is patient */
+
 static uint64_t spin_ns = UINT64_MAX;
+static int patient; /* a thread spins for longer than spin_ns */
 
 void mkv_set_spin_ns(uint64_t ns) {
     __atomic_store_n(&spin_ns, ns, __ATOMIC_RELAXED);
@@ -26,10 +36,64 @@ void mkv_set_spin_ns(uint64_t ns) {
 uint64_t mkv_spin_ns(void) {
     uint64_t ns = __atomic_load_n(&spin_ns, __ATOMIC_RELAXED);
     if (ns == UINT64_MAX) {
-        ns = sysconf(_SC_NPROCESSORS_ONLN) > 1 ? 20000 : 0;
+        cpu_set_t mine;
+        int several = sched_getaffinity(0, sizeof mine, &mine) == 0 && CPU_COUNT(&mine) > 1;
+        ns = several ? 20000 : 0;
         mkv_set_spin_ns(ns);
     }
     return ns;
+}
+
+/* What a thread has learned about its waits; and the wait under way, if `since`. */
+struct waits {
+    uint64_t least, most, budget;
+    uint64_t since, until;
+    uint32_t vain;
+    int patient;
+};
+
+static _Thread_local struct waits waits;
+
+static void learn_afresh(struct waits *w, uint64_t least) {
+    *w = (struct waits){.least = least, .most = least * MAX_PATIENCE, .budget = least * MAX_PATIENCE};
+}
+
+static void end_patience(struct waits *w) {
+    if (w->patient)
+        __atomic_store_n(&patient, 0, __ATOMIC_RELEASE);
+    w->patient = 0;
+    w->since = 0;
+}
+
+/* Something came: the wait, if there was one, was worth its spinning. */
+static void came(struct waits *w) {
+    if (!w->since)
+        return;
+    uint64_t due = 2 * (mkv_now_ns() - w->since);
+    if (due > w->most)
+        due = w->most;
+    w->budget = due > w->budget ? due : w->budget - (w->budget - due) / 8;
+    end_patience(w);
+}
+
+/* Nothing came; 1: spin on. */
+static int go_on_spinning(struct waits *w) {
+    uint64_t now = mkv_now_ns();
+    if (!w->since) {
+        uint64_t budget = w->vain && w->vain % EXPLORE == 0 ? w->most : w->budget;
+        if (budget > w->least && __atomic_exchange_n(&patient, 1, __ATOMIC_ACQUIRE) == 0)
+            w->patient = 1;
+        else if (budget > w->least)
+            budget = w->least;
+        w->since = now;
+        w->until = now + budget;
+    }
+    if (now < w->until)
+        return 1;
+    w->vain++;
+    w->budget = w->budget / 2 > w->least ? w->budget / 2 : w->least;
+    end_patience(w);
+    return 0;
 }
 
 static inline void relax(void) {
@@ -94,26 +158,25 @@ static int arm_all(struct mkv_job *const *jobs, uint32_t n) {
 }
 
 void mkv_run(struct mkv_job **jobs, uint32_t n) {
-    uint64_t idle_since = 0, spin = mkv_spin_ns();
+    struct waits *w = &waits;
+    if (w->least != mkv_spin_ns())
+        learn_afresh(w, mkv_spin_ns());
     for (;;) {
         int progress = 0;
-        if (!step_all(jobs, n, &progress))
+        uint32_t left = step_all(jobs, n, &progress);
+        if (progress || !left)
+            came(w);
+        if (!left)
             return;
-        if (progress) {
-            idle_since = 0;
+        if (progress)
             continue;
-        }
-        uint64_t now = mkv_now_ns();
-        if (!idle_since)
-            idle_since = now;
-        if (now - idle_since < spin) {
+        if (go_on_spinning(w)) {
             relax();
             continue;
         }
         if (arm_all(jobs, n))
             continue;
         sleep_on(jobs, n, -1);
-        idle_since = 0;
     }
 }
 
@@ -191,20 +254,18 @@ static void put_out(struct mkv_loop *loop) {
 
 static void *loop_main(void *arg) {
     struct mkv_loop *loop = arg;
-    uint64_t idle_since = 0, spin = mkv_spin_ns();
+    struct waits *w = &waits;
+    learn_afresh(w, mkv_spin_ns());
     while (take_inbox(loop)) {
         int progress = 0;
         uint32_t before = loop->n;
         if (step_all(loop->jobs, loop->n, &progress) < before)
             put_out(loop);
-        if (progress) {
-            idle_since = 0;
+        if (progress || !loop->n)
+            came(w);
+        if (progress)
             continue;
-        }
-        uint64_t now = mkv_now_ns();
-        if (!idle_since)
-            idle_since = now;
-        if (loop->n && now - idle_since < spin) {
+        if (loop->n && go_on_spinning(w)) {
             relax();
             continue;
         }
@@ -212,7 +273,6 @@ static void *loop_main(void *arg) {
             continue;
         sleep_on(loop->jobs, loop->n, loop->wake_fd);
         clear_fd(loop->wake_fd);
-        idle_since = 0;
     }
     return 0;
 }
