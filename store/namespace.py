@@ -120,6 +120,7 @@ class Namespace:
         self._quiet_until = 0.0  # no slab is taken before, because one could not be registered
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._ending = False
         self._farewells: set[asyncio.Task[None]] = set()
         self.serve = fabric.domain()
         self.pull = fabric.domain()
@@ -245,6 +246,8 @@ class Namespace:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._ending:
+                return
             try:
                 again = await self._chores(events, pool, notices)
             except (MemKVError, MemoryError) as exc:
@@ -316,9 +319,11 @@ class Namespace:
             log.error("namespace %s: %s", self.name, exc)
 
     async def stop(self) -> None:
-        """Ends the housekeeping; when all sessions are gone."""
-        if self._worker:
-            self._worker.cancel()
+        """Ends the housekeeping; when all sessions are gone. A chore under way is waited for: it may be in
+        the pool, with this namespace or, where segments change hands, with another.
+        """
+        self._ending = True
+        self._wake.set()
         await asyncio.gather(*filter(None, [self._worker]), *self._farewells, return_exceptions=True)
 
     def close(self) -> None:

@@ -189,7 +189,7 @@ class Node:
         stack.callback(events.remove_reader, fd)
         if self.flash:
             self.flash.attach(events, lambda: list(self.namespaces.by_name.values()))
-            stack.callback(self.flash.detach)
+            stack.push_async_callback(self.flash.detach)
             await self.namespaces.restore()
             stack.push_async_callback(self.flash.finish)
         self._shared = Shared(
@@ -300,7 +300,7 @@ class Node:
             return False, "going down"
         if self._server is None:
             return False, "not started"
-        if self.flash and (out := self.flash.store.degraded()):
+        if self.flash and (out := self.flash.degraded()):
             return True, f"serving, degraded: flash is out: {out}"
         return True, "serving"
 

@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from .device import Device
 from .marks import Mark, begun, gone_on, mark_of, standing
 from .opened import OpenDevice, Records, pack_table, read_names, read_snapshot
 from .prepare import Progress, prepare
+from .sharing import Class, Place, Sharing
 
 log = logging.getLogger("memkv.flash")
 
@@ -62,6 +64,7 @@ class FlashStore:
     ) -> None:
         self.unusable: dict[str, str] = {}
         self.devices: list[OpenDevice] = []
+        self.sharing = Sharing(self)
         self.names: dict[int, f.Name] = {}
         self._names_generation = 0
         self._boot = 0
@@ -306,13 +309,43 @@ class FlashStore:
                     return None
                 d = max(with_room, key=lambda d: d.free)
                 number = next(n for n in range(d.usable) if n not in d.segments)
-                d.turn += 1
-                segment = f.Segment(number, namespace, payload, d.super.boot << 32 | d.turn)
-                if self._write_segment(d, number, segment):
-                    d.segments[number] = segment
+                if segment := self._assign(d, number, namespace, payload):
                     return d, segment
 
-    def _write_segment(self, d: OpenDevice, number: int, segment: f.Segment) -> bool:
+    def hand_over(self, place: Place, namespace: int, payload: int) -> tuple[OpenDevice, f.Segment] | None:
+        """Assigns a segment that somebody has given up to somebody else, or to nobody (payload 0). None also
+        if its device has failed.
+        """
+        with self._lock:
+            d = next((d for d in self._good() if d.io == place[0]), None)
+            if d is None:
+                return None
+            if payload:
+                segment = self._assign(d, place[1], namespace, payload)
+                return (d, segment) if segment else None
+            if self._write_segment(d, place[1], None):
+                del d.segments[place[1]]
+            return None
+
+    def _assign(self, d: OpenDevice, number: int, namespace: int, payload: int) -> f.Segment | None:
+        """Under an epoch that it never had before."""
+        d.turn += 1
+        segment = f.Segment(number, namespace, payload, d.super.boot << 32 | d.turn)
+        if not self._write_segment(d, number, segment):
+            return None
+        d.segments[number] = segment
+        return segment
+
+    def held(self) -> Counter[Class]:
+        """How many segments each size class has, on devices that are in use."""
+        with self._lock:
+            return Counter((s.namespace, s.payload) for d in self._good() for s in d.segments.values())
+
+    def devices_for(self, payload: int, align: int) -> int:
+        """On which devices blocks of a size class can lie, as bits."""
+        return sum(1 << d.io for d in self._good() if d.takes(payload, align))
+
+    def _write_segment(self, d: OpenDevice, number: int, segment: f.Segment | None) -> bool:
         """Writes the page of the table that the record is in. Records do not cross sectors, so a torn write
         leaves each of them old or new.
         """
@@ -325,7 +358,8 @@ class FlashStore:
 
     def segments_of(self, namespace: int) -> list[tuple[OpenDevice, f.Segment]]:
         """What is assigned to a namespace."""
-        return [(d, s) for d in self.devices for s in d.segments.values() if s.namespace == namespace]
+        with self._lock:
+            return [(d, s) for d in self.devices for s in d.segments.values() if s.namespace == namespace]
 
     def records_of(self, namespace: int) -> Records:
         """The namespace's blocks in the snapshots, ``device`` being the engine's index."""

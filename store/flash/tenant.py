@@ -15,6 +15,7 @@ from ..layout import BUCKET_SLOTS
 from ..native._store import ffi, lib
 from . import format as f
 from .opened import OpenDevice, Records
+from .sharing import Place
 from .store import FlashStore
 
 log = logging.getLogger("memkv.flash")
@@ -33,6 +34,7 @@ class Tenant:
         rc = lib.mkv_ns_flash_attach(ns, store.flash, name.incarnation)
         if rc:
             raise MemoryError(f"namespace {name.name} cannot use flash: error {-rc}")
+        store.sharing.join(self)
 
     # --- what was there before ---
 
@@ -97,19 +99,45 @@ class Tenant:
         """Header pages still to be looked at; until it is 0 there may be blocks that are not known yet."""
         return int(lib.mkv_ns_scanning(self._ns))
 
-    # --- growing ---
+    # --- growing, and giving ---
 
     def grow(self) -> int:
-        """Gives every size class that wants one a segment, as far as there are any; returns how many."""
+        """Passes on a segment that was asked for and has become empty, and gives every size class that wants
+        one a segment, as far as there are any; returns how many. Where none is free, others are asked.
+        """
+        self.store.sharing.collect(self)
         taken = 0
         while payload := int(lib.mkv_ns_segment_wanted(self._ns)):
             found = self.store.take_segment(self.name.id, payload, self.name.align)
-            if found is None:
-                lib.mkv_ns_segment_denied(self._ns, payload)
-            else:
-                self._add(*found, 0)
+            if found is not None:
+                self.add(*found)
                 taken += 1
+            else:
+                self.store.sharing.ask(self, payload)
         return taken
+
+    def add(self, d: OpenDevice, segment: f.Segment) -> None:
+        """A new segment of its own. :raises MemoryError: it cannot be used."""
+        self._add(d, segment, 0)
+
+    def promise(self, payload: int) -> None:
+        """One is on its way for this size class: its blocks wait."""
+        lib.mkv_ns_segment_promised(self._ns, payload)
+
+    def deny(self, payload: int) -> None:
+        """There is none for this size class: it gets along with what it has, if it has any."""
+        lib.mkv_ns_segment_denied(self._ns, payload)
+
+    def give_up(self, devices: int) -> bool:
+        """Begins to empty a segment on one of these devices (bits). False: it cannot now."""
+        return int(lib.mkv_ns_segment_give_up(self._ns, devices)) == 0
+
+    def given_up(self) -> Place | None:
+        """The segment that has become empty since, once."""
+        out = ffi.new("struct mkv_segment *")
+        if lib.mkv_ns_segment_given_up(self._ns, out):
+            return None
+        return int(out.device), int(out.number)
 
     # --- stopping, and what it tells ---
 

@@ -1,7 +1,8 @@
 """The flash tier on the event loop: who waits for barriers, scans and staged blocks, and what is watched.
 
-One eventfd of the C core says that something is there to be collected; a tick every second looks for devices
-that have failed or do not answer, and tells how far a scan is.
+One eventfd of the C core says that something is there to be collected, a failed device among it; a tick
+every second looks for devices that do not answer, and for segments that are waited for, and tells how far a
+scan is.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class FlashTier:
         self._ticker: asyncio.Task[None] | None = None
         self._told = 0.0
         self._was_scanning = False
+        self._lost = 0  # devices, as far as has been looked at
+        self._settling: asyncio.Future[bool] | None = None
+        self._ending = asyncio.Event()
 
     def attach(self, events: asyncio.AbstractEventLoop, spaces: Callable[[], Iterable[Space]]) -> None:
         """Begins to watch.
@@ -67,11 +71,14 @@ class FlashTier:
         events.add_reader(self.store.eventfd, self._event)
         self._ticker = events.create_task(self._tick(), name="flash")
 
-    def detach(self) -> None:
+    async def detach(self) -> None:
         """Ends watching; nobody waits any more."""
         self._events.remove_reader(self.store.eventfd)
+        self._ending.set()
         if self._ticker:
-            self._ticker.cancel()
+            await self._ticker  # not cancelled: what it has in the pool needs the namespaces
+        if self._settling:
+            await self._settling
 
     def _event(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -81,6 +88,7 @@ class FlashTier:
         while self._barriers and self._barriers[0][0] <= over:
             _finish(self._barriers.popleft()[1])
         self._look_at_scans()
+        self._look_at_devices()
         for space in self._spaces():
             space.wake()
 
@@ -89,11 +97,25 @@ class FlashTier:
             self._scans.remove((tenant, future))
             _finish(future)
 
+    def _look_at_devices(self, always: bool = False) -> None:
+        """Takes note of devices that the core has given up, and has the others remember it."""
+        lost = int(lib.mkv_flash_devices_failed(self.store.flash))
+        if lost == self._lost and not always:
+            return
+        self._lost = lost
+        idle = self._settling is None or self._settling.done()
+        if self.store.look(STUCK_SECONDS * 1_000_000_000) and idle:
+            self._settling = self._events.run_in_executor(self._pool, self.store.settle)
+
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_SECONDS)
-            if self.store.look(STUCK_SECONDS * 1_000_000_000):
-                await self._events.run_in_executor(self._pool, self.store.settle)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), TICK_SECONDS)
+            if self._ending.is_set():
+                return
+            self._look_at_devices(always=True)
+            if self.store.sharing.waiting:
+                await self._events.run_in_executor(self._pool, self.store.sharing.look)
             self._look_at_scans()
             if self._was_scanning:
                 self._tell_of_scan()
@@ -192,6 +214,11 @@ class FlashTier:
 
     # --- what it tells ---
 
+    def degraded(self) -> str:
+        """Which devices are out at this moment, and why; empty if none is."""
+        self._look_at_devices()
+        return self.store.degraded()
+
     def status(self) -> dict[str, int | str | bool]:
         """Flat: the engine, the core's figures, and how far a scan is."""
         engine, reason = self.store.engine()
@@ -201,7 +228,7 @@ class FlashTier:
             "reason": reason,
             "devices": len(devices),
             "devices_out": sum(bool(d.get("failed")) for d in devices.values()),
-            "degraded": self.store.degraded(),
+            "degraded": self.degraded(),
             "scan_left": self.scanning,
             "stages": self.staging.under_way,
             **self.store.stats(),

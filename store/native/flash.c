@@ -50,6 +50,13 @@ uint32_t mkv_drives_good(const struct mkv_flash *f) {
     return n;
 }
 
+uint32_t mkv_flash_devices_failed(const struct mkv_flash *f) {
+    uint32_t n = 0;
+    for (uint32_t d = 0; d < MKV_MAX_DEVICES; d++)
+        n += (uint32_t)mkv_drive_failed(f, d);
+    return n;
+}
+
 /* --- making and freeing --- */
 
 static void release(struct mkv_flash *f) {
@@ -358,7 +365,7 @@ int mkv_flash_device_stats(struct mkv_flash *f, uint32_t device, struct mkv_flas
     for (struct mkv_ns_flash *nf = f->all; nf; nf = nf->next) {
         pthread_mutex_lock(&nf->ns->lock);
         for (uint32_t i = 0; i < nf->segs; i++) {
-            if (nf->seg[i]->is.device != device)
+            if (nf->seg[i]->is.device != device || !nf->seg[i]->count)
                 continue;
             out->segments++;
             out->extents += nf->seg[i]->count;

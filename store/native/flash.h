@@ -69,6 +69,8 @@ int mkv_flash_device_stats(struct mkv_flash *f, uint32_t device, struct mkv_flas
 /* Takes it out, as repeated errors (or one failed flush) do: blocks that DRAM has are written to the others,
  * what it alone had is dropped. */
 int mkv_flash_device_fail(struct mkv_flash *f, uint32_t device);
+/* How many have been taken out. The eventfd is readable after each. */
+uint32_t mkv_flash_devices_failed(const struct mkv_flash *f);
 
 /* --- a namespace on flash --- */
 
@@ -91,11 +93,15 @@ uint64_t mkv_ns_segment_wanted(struct mkv_ns *ns);
  * larger one. A class that has neither keeps its blocks in DRAM only; when a segment comes later they are
  * written. */
 void mkv_ns_segment_denied(struct mkv_ns *ns, uint64_t payload);
-/* For whoever has none: the namespace evicts what is in one of its segments, of the class that has most of
- * them. 0; -ENOENT: no class has two; -EBUSY: one is on its way. When it is empty MKV_CHORE_SEGMENT is set
- * and given_up answers 0 (before: -EAGAIN; -ENOENT: nothing was asked for): the segment is not known here any
- * more. */
-int mkv_ns_segment_give_up(struct mkv_ns *ns);
+/* Python has found somebody who gives one back, and adds it in a while: until then a class that has none
+ * keeps its blocks waiting (unless cells of a larger one can be had), any other evicts from what it has. If
+ * nothing comes of it Python says denied after all. */
+void mkv_ns_segment_promised(struct mkv_ns *ns, uint64_t payload);
+/* For whoever needs one: the namespace evicts what is in one of its segments, of the class that has most of
+ * them, on one of `devices` (bits). 0; -ENOENT: no class has two, or their scan is not over; -EBUSY: one is
+ * on its way. When it is empty MKV_CHORE_SEGMENT is set and given_up answers 0 (before: -EAGAIN; -ENOENT:
+ * nothing was asked for): the segment is not known here any more. */
+int mkv_ns_segment_give_up(struct mkv_ns *ns, uint64_t devices);
 int mkv_ns_segment_given_up(struct mkv_ns *ns, struct mkv_segment *out);
 /* A segment of this namespace. scan 0: its extents are free (new). 1: its header pages are to be read; blocks
  * found appear in the index one by one, on the engine's thread, and extents are free as they are found to be.

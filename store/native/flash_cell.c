@@ -1,11 +1,11 @@
 /* flash_cell.c: cells, the places on flash: who gets one, and which block has to go.
  *
- * A segment is a span of a device, all of one size class, assigned for good by Python, which has written that
- * down before it adds the segment here. Consecutive images of a class go to the devices in turn (striping),
- * and within a device preferably into cells whose old image has not been zeroed, since that then need not be
- * done.
+ * A segment is a span of a device, all of one size class, assigned by Python, which has written that down
+ * before it adds the segment here; it may be given back (flash_drain.c). Consecutive images of a class go to
+ * the devices in turn (striping), and within a device preferably into cells whose old image has not been
+ * zeroed, since that then need not be done.
  *
- * When a class has no cell left and has been told that there is no segment for it, it evicts by SIEVE, as
+ * When a class has no cell left and has been told that there is no segment for it now, it evicts by SIEVE, as
  * sieve.c does in DRAM, but not before the scan is over: until then most cells only seem to be taken. Pinned
  * blocks are in no queue, and those whose extent is pinned or being read into are passed over. What goes from
  * flash goes from DRAM too. No grace period is needed on flash itself: peers never see it, and a cell whose
@@ -267,7 +267,7 @@ static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
 /* --- taking a cell --- */
 
 static void ask_for_segment(struct mkv_ns *ns, struct mkv_flash_class *c) {
-    if (c->wants || ns->epoch < c->ask_again || !mkv_drives_good(ns->flash->f))
+    if (c->wants || c->promised || ns->epoch < c->ask_again || !mkv_drives_good(ns->flash->f))
         return;
     c->wants = 1;
     mkv_flash_signal(ns->flash->f);
@@ -302,10 +302,10 @@ static struct mkv_op *take(struct mkv_ns *ns, struct mkv_flash_class *c, uint64_
     return !op && c->room && avoid >= 0 ? take_from(ns, c, bytes, (uint32_t)avoid) : op;
 }
 
-/* Where a class has no segment and can get none, a larger one helps out. */
+/* Where a class has no segment and gets none, or not yet, a larger one helps out. */
 struct mkv_op *mkv_cell_take(struct mkv_ns *ns, struct mkv_flash_class *c, uint64_t bytes, int avoid) {
     struct mkv_op *op = take(ns, c, bytes, avoid);
-    if (!op && !c->segments && c->denied)
+    if (!op && !c->segments && (c->denied || c->promised))
         for (struct mkv_flash_class *larger = c; !op && larger-- > ns->flash->cls;)
             if (larger->segments)
                 op = take(ns, larger, bytes, avoid);

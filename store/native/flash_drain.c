@@ -14,24 +14,33 @@
 
 #include "arena.h"
 
-/* The class that has most segments; it gives the one that costs least: pinned blocks first, then bytes. */
-static struct mkv_seg *cheapest(struct mkv_ns *ns) {
+static int may_go(struct mkv_ns *ns, const struct mkv_seg *s, uint64_t devices) {
+    return !s->gone && !s->import && !s->unknown && ns->flash->cls[s->cls].segments > 1 &&
+           devices >> s->is.device & 1;
+}
+
+/* What it costs to give it: pinned blocks first, then bytes. */
+static uint64_t cost(const struct mkv_seg *s) {
+    uint64_t sum = s->live_bytes;
+    for (uint32_t k = 0; k < s->count; k++)
+        sum += s->cell[k].state == MKV_CELL_HELD && s->cell[k].pins ? s->is.bytes : 0;
+    return sum;
+}
+
+/* Of the class that has most segments the one that costs least. */
+static struct mkv_seg *cheapest(struct mkv_ns *ns, uint64_t devices) {
     struct mkv_ns_flash *nf = ns->flash;
-    struct mkv_flash_class *c = &nf->cls[0];
     struct mkv_seg *best = NULL;
-    uint64_t least = UINT64_MAX;
-    for (uint32_t i = 1; i < ns->nclasses; i++)
-        if (nf->cls[i].segments > c->segments)
-            c = &nf->cls[i];
-    for (uint32_t i = 0; c->segments > 1 && i < nf->segs; i++) {
+    uint64_t most = 0, least = UINT64_MAX;
+    for (uint32_t i = 0; i < nf->segs; i++) {
         struct mkv_seg *s = nf->seg[i];
-        if (s->gone || s->import || s->unknown || &nf->cls[s->cls] != c)
+        uint64_t segments = nf->cls[s->cls].segments;
+        if (!may_go(ns, s, devices) || segments < most)
             continue;
-        uint64_t cost = s->live_bytes;
-        for (uint32_t k = 0; k < s->count; k++)
-            cost += s->cell[k].state == MKV_CELL_HELD && s->cell[k].pins ? s->is.bytes : 0;
-        if (cost < least) {
-            least = cost;
+        uint64_t this = cost(s);
+        if (segments > most || this < least) {
+            most = segments;
+            least = this;
             best = s;
         }
     }
@@ -72,11 +81,11 @@ void mkv_drain_pump(struct mkv_ns *ns) {
     mkv_arena_signal(ns->arena);
 }
 
-int mkv_ns_segment_give_up(struct mkv_ns *ns) {
+int mkv_ns_segment_give_up(struct mkv_ns *ns, uint64_t devices) {
     pthread_mutex_lock(&ns->lock);
     struct mkv_ns_flash *nf = ns->flash;
     int rc = !nf ? -ENOENT : nf->draining ? -EBUSY : 0;
-    struct mkv_seg *s = rc ? NULL : cheapest(ns);
+    struct mkv_seg *s = rc ? NULL : cheapest(ns, devices);
     if (!rc && !s)
         rc = -ENOENT;
     if (!rc) {
@@ -100,6 +109,9 @@ int mkv_ns_segment_given_up(struct mkv_ns *ns, struct mkv_segment *out) {
             nf->n.segments--;
         }
         nf->draining = NULL;
+        s->count = 0; /* the rest stays, for its handle does not recur */
+        free(s->cell);
+        s->cell = NULL;
     }
     pthread_mutex_unlock(&ns->lock);
     return rc;

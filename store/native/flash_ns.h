@@ -99,6 +99,7 @@ struct mkv_flash_class {
     uint32_t next;            /* device that is next in turn */
     uint8_t wants;            /* a segment */
     uint8_t denied;           /* and was told that there is none */
+    uint8_t promised;         /* or that one is on its way */
 };
 
 /* --- requests --- */

@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct subject { /* what is read, as it was when the lock was let go */
-    struct mkv_cell *cell;
+struct subject {    /* what is read, as it was when the lock was let go */
+    uint64_t place; /* segment << 32 | cell */
     uint8_t key[16];
     uint64_t sequence, checksum, offset;
     uint32_t device, length;
@@ -22,10 +22,10 @@ static int next(struct mkv_ns *ns, uint64_t *cursor, struct subject *out) {
     uint64_t i = *cursor >> 32, k = (uint32_t)*cursor;
     for (; !found && ns->flash && i < ns->flash->segs; i++, k = 0)
         for (const struct mkv_seg *s = ns->flash->seg[i]; !found && !s->gone && k < s->count; k++) {
-            struct mkv_cell *cell = &s->cell[k];
+            const struct mkv_cell *cell = &s->cell[k];
             if (cell->state != MKV_CELL_HELD)
                 continue;
-            *out = (struct subject){.cell = cell,
+            *out = (struct subject){.place = i << 32 | k,
                                     .sequence = cell->sequence,
                                     .checksum = cell->checksum,
                                     .offset = mkv_cell_offset(ns, cell),
@@ -46,26 +46,35 @@ static int is_good(struct mkv_ns *ns, const struct subject *x, const uint8_t *im
            mkv_checksum(image + ns->align, x->length) == x->checksum;
 }
 
+/* Its cell, if that still holds the very image; else NULL. */
+static struct mkv_cell *still(struct mkv_ns *ns, const struct subject *x) {
+    struct mkv_seg *s = ns->flash->seg[x->place >> 32];
+    uint32_t k = (uint32_t)x->place;
+    struct mkv_cell *cell = k < s->count ? &s->cell[k] : NULL; /* it may have been given up */
+    return cell && cell->state == MKV_CELL_HELD && cell->sequence == x->sequence ? cell : NULL;
+}
+
 static void believe(struct mkv_ns *ns, const struct subject *x) {
     pthread_mutex_lock(&ns->lock);
-    if (x->cell->state == MKV_CELL_HELD && x->cell->sequence == x->sequence)
-        x->cell->doubtful = 0;
+    struct mkv_cell *cell = still(ns, x);
+    if (cell)
+        cell->doubtful = 0;
     pthread_mutex_unlock(&ns->lock);
 }
 
 /* Whether the block was dropped (or is written anew). */
 static int drop(struct mkv_ns *ns, const struct subject *x, int result) {
     pthread_mutex_lock(&ns->lock);
-    int same = x->cell->state == MKV_CELL_HELD && x->cell->sequence == x->sequence;
-    if (same) {
+    struct mkv_cell *cell = still(ns, x);
+    if (cell) {
         if (!result)
             mkv_drive_corrupt(ns->flash->f, x->device);
-        (void)mkv_cell_lost(ns, x->cell, result != 0, result ? MKV_ERROR_DEVICE : MKV_CORRUPT);
+        (void)mkv_cell_lost(ns, cell, result != 0, result ? MKV_ERROR_DEVICE : MKV_CORRUPT);
         mkv_zero_pump(ns);
         mkv_write_pump(ns);
     }
     pthread_mutex_unlock(&ns->lock);
-    return same;
+    return cell != NULL;
 }
 
 uint64_t mkv_ns_scrub(struct mkv_ns *ns, uint64_t cursor, uint32_t max, uint64_t *checked, uint64_t *bad) {

@@ -29,18 +29,28 @@ static struct mkv_flash_class *class_with(struct mkv_ns *ns, uint64_t payload) {
     return NULL;
 }
 
-void mkv_ns_segment_denied(struct mkv_ns *ns, uint64_t payload) {
+/* An answer other than a segment. */
+static void told(struct mkv_ns *ns, uint64_t payload, int promised) {
     pthread_mutex_lock(&ns->lock);
     struct mkv_flash_class *c = class_with(ns, payload);
     if (c) {
         c->wants = 0;
-        c->denied = 1;
+        c->promised = (uint8_t)promised;
+        c->denied = !promised || c->segments; /* while it waits it lives on what it has */
         c->ask_again = ns->epoch + ASK_TICKS;
         mkv_write_pump(ns);
     }
     pthread_mutex_unlock(&ns->lock);
     if (c)
         mkv_flash_after(ns->flash->f);
+}
+
+void mkv_ns_segment_denied(struct mkv_ns *ns, uint64_t payload) {
+    told(ns, payload, 0);
+}
+
+void mkv_ns_segment_promised(struct mkv_ns *ns, uint64_t payload) {
+    told(ns, payload, 1);
 }
 
 static int fits(struct mkv_ns *ns, const struct mkv_segment *is, uint64_t count) {
@@ -84,7 +94,7 @@ int64_t mkv_ns_segment_add(struct mkv_ns *ns, const struct mkv_segment *is, int 
         nf->cell_bytes += count * (ns->align + is->payload);
         c->segments++;
         c->cells += count;
-        c->wants = c->denied = 0;
+        c->wants = c->denied = c->promised = 0;
         c->ask_again = 0;
         s->import = scan == 2;
         s->unknown = scan == 1 ? s->count : 0;

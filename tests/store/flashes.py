@@ -28,6 +28,7 @@ LENGTH = 2048  # of most blocks of these tests: the longest of their namespace
 STRIDE = 512 + LENGTH  # of the cells of its class
 SECRET = 0x5EC2E7
 FOREVER = 0xFFFF_FFFF_FFFF_FFFF
+EVERY = 0xFFFF_FFFF_FFFF_FFFF  # device
 SEGMENT = 32768
 
 

@@ -11,6 +11,7 @@ from memkv.store.native._store import ffi, lib
 from ..flashes import (
     DEVICE,
     DONE,
+    EVERY,
     FLASH,
     FULL,
     LENGTH,
@@ -130,8 +131,8 @@ def test_a_segment_is_given_back_for_a_class_that_has_none(room: Room) -> None:
     assert space.durable(large) == DEVICE
     before = space.flash_stats()
     assert before.segments == 2
-    assert lib.mkv_ns_segment_give_up(space.ns) == 0
-    assert lib.mkv_ns_segment_give_up(space.ns) == EBUSY
+    assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == 0
+    assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == EBUSY
     space.wait(lambda: lib.mkv_ns_chores(space.ns) & lib.MKV_CHORE_SEGMENT)
     given = ffi.new("struct mkv_segment *")
     assert lib.mkv_ns_segment_given_up(space.ns, given) == 0
@@ -146,7 +147,7 @@ def test_a_segment_is_given_back_for_a_class_that_has_none(room: Room) -> None:
     held = [key for key in small if space.holds(key)]
     assert 0 < len(held) <= before.extents // 2
     assert all(space.staged(key) == payload_of(key, 100) for key in held)
-    assert lib.mkv_ns_segment_give_up(space.ns) == ENOENT  # each class has one now
+    assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == ENOENT  # each class has one now
 
 
 def test_a_segment_is_given_back_only_when_nothing_in_it_is_pinned_or_on_its_way(room: Room) -> None:
@@ -154,7 +155,7 @@ def test_a_segment_is_given_back_only_when_nothing_in_it_is_pinned_or_on_its_way
     keys = fill(space, 24)
     pinned = [key for key in keys if space.state(key) == FLASH]
     assert DONE in space.pin(*pinned)
-    assert lib.mkv_ns_segment_give_up(space.ns) == 0
+    assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == 0
     given = ffi.new("struct mkv_segment *")
     held = [key for key in pinned if space.holds(key)]
     until = time.monotonic() + 5

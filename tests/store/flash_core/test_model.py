@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memkv.store import layout
 from memkv.store.native._store import ffi, lib
 
-from ..flashes import Disks, FlashSpace
+from ..flashes import EVERY, Disks, FlashSpace
 from ..spaces import Found, key_of, payload_of
 
 pytestmark = pytest.mark.asan
@@ -247,7 +247,7 @@ class FlashMachine(RuleBasedStateMachine):
 
     @rule()
     def give_a_segment_back(self) -> None:
-        lib.mkv_ns_segment_give_up(self.space.ns)
+        lib.mkv_ns_segment_give_up(self.space.ns, EVERY)
         self.notice_evictions()
 
     @rule()
