@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .batches import Batch, as_keys
+from .batches import as_keys
 from .buffers import Slices
 
 if TYPE_CHECKING:
@@ -34,13 +34,17 @@ class AsyncPeer:
         return await asyncio.shield(asyncio.wrap_future(self._peer._control.start(coroutine)))
 
     async def get_into(
-        self, keys: Any, slices: Slices, *, timeout: float | None = None, checksum: bool | None = None
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        checksum: bool | None = None,
+        stream: Any = None,
     ) -> Statuses:
         verify = self._peer.checksum if checksum is None else checksum
-        batch = Batch(as_keys(keys), slices, verify, False)
-        return (
-            await self._on_control(self._peer._gets.run_async(batch, self._peer._seconds(timeout)))
-        ).status
+        seconds = self._peer._seconds(timeout)
+        return await self._on_control(self._peer._get_async(as_keys(keys), slices, seconds, verify, stream))
 
     async def put_from(
         self,
@@ -50,11 +54,11 @@ class AsyncPeer:
         timeout: float | None = None,
         durability: str = "memory",
         checksums: npt.NDArray[np.uint64] | None = None,
+        stream: Any = None,
     ) -> Statuses:
+        seconds = self._peer._seconds(timeout)
         return await self._on_control(
-            self._peer._requests.put(
-                as_keys(keys), slices, self._peer._seconds(timeout), durability, checksums
-            )
+            self._peer._put_async(as_keys(keys), slices, seconds, durability, checksums, stream)
         )
 
     async def match(self, keys: Any, *, timeout: float | None = None) -> int:

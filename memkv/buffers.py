@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,25 +19,58 @@ SLICE = np.dtype([("offset", "<u8"), ("region", "<u4"), ("length", "<u4")])
 Slices = npt.NDArray[np.void]
 
 
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """The way blocks go: "host", "dma-buf", "peermem", "staged", or "none"; and why that one."""
+
+    name: str
+    reason: str
+
+
+HOST = Rung("host", "host memory, which the fabric reaches")
+READ_ONLY = Rung("none", "read-only memory")
+
+
 class Buffer:
     """Memory known to a peer. Made by :meth:`memkv.Peer.register`; stays registered until :meth:`close`.
 
     Two regions lie over it: one that READs of gets may land in, which nobody else can reach, and one that
-    nodes may READ puts from, into which nothing can be written.
+    nodes may READ puts from, into which nothing can be written. GPU memory has those that the fabric can
+    have; ``get_rung`` and ``put_rung`` say which way blocks go and why, ``device`` where the memory is: "cpu"
+    or "cuda:0".
     """
 
-    def __init__(self, peer: Peer, memory: Memory, into: Region | None, out: Region) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        id: int,
+        memory: Memory,
+        into: Region | None,
+        out: Region | None,
+        *,
+        device: str = "cpu",
+        get_rung: Rung = HOST,
+        put_rung: Rung = HOST,
+    ) -> None:
         self.peer = peer
-        self.id = out.id
+        self.id = id
         self.address = memory.address
         self.nbytes = memory.nbytes
+        self.device = device
+        self.get_rung = get_rung
+        self.put_rung = put_rung
+        self._memory: Memory | None = memory
         self._into = into
         self._out = out
 
     @property
     def desc(self) -> Any:
-        """What nodes need in order to pull from it."""
-        return self._out.desc
+        """What nodes need in order to pull from it; None where they cannot."""
+        return None if self._out is None else self._out.desc
+
+    def is_staged(self, into: bool) -> bool:
+        """Whether blocks go through slots in host memory, on the way ``into`` it or out of it."""
+        return (self.get_rung if into else self.put_rung).name == "staged"
 
     def slices(self, offsets: npt.ArrayLike, lengths: npt.ArrayLike) -> Slices:
         """Slices of this buffer, dtype :data:`SLICE`, shape (n,).
@@ -63,6 +97,13 @@ class Buffer:
         if block_bytes <= 0:
             raise LocalError(f"slices of {block_bytes} bytes")
         return self.slices(np.arange(self.nbytes // block_bytes, dtype=np.uint64) * block_bytes, block_bytes)
+
+    def _release(self) -> None:
+        """Gives regions and memory back; nobody uses them any more."""
+        for region in (self._into, self._out):
+            if region is not None:
+                region.close()
+        self._memory = None
 
     def close(self) -> None:
         """Withdraws the buffer: waits for batches under way, and for the nodes to have let go of it."""

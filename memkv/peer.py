@@ -26,11 +26,14 @@ from .channels import ChannelPool
 from .control import Control
 from .fabrics import choose_fabric
 from .gets import Gets, prefix
-from .gpudirect.buffers import resolve
+from .gpu import Found, Gpu
+from .gpudirect.staging import SLOT_BYTES, SLOTS
+from .gpudirect.staging import Settings as StagingSettings
 from .link import Link
 from .placement import Placement
 from .rdma.errors import LocalError, MemKVError
 from .rdma.fabric import Fabric
+from .registering import Registry
 from .requests import Requests
 from .session import Session, Settings
 from .staging import MESSAGE_KEYS
@@ -59,6 +62,10 @@ def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None)
     return os.environ.get("MEMKV_SECRET", "").encode()
 
 
+async def _statuses(get: Coroutine[Any, Any, Found]) -> Statuses:
+    return (await get)[0]
+
+
 class Peer:
     """A connection to one or more nodes, for one namespace. Use :func:`memkv.connect`."""
 
@@ -84,6 +91,8 @@ class Peer:
         cache_entries: int = 1 << 16,
         max_channels: int = 4,
         auto_touch: bool = True,
+        staging_slot_bytes: int = SLOT_BYTES,
+        staging_slots: int = SLOTS,
     ) -> None:
         names = [nodes] if isinstance(nodes, str) else list(nodes)
         names = [n if n.rpartition(":")[2].isdigit() else f"{n}:{DEFAULT_PORT}" for n in names]
@@ -112,9 +121,9 @@ class Peer:
             max_channels=max_channels,
             timeout=timeout,
         )
+        slots = StagingSettings(staging_slot_bytes, staging_slots)
         self._placement = Placement(names)
         self._links = [Link(name, settings, self._attach) for name in names]
-        self._buffers: dict[int, Buffer] = {}
         self._pools: weakref.WeakSet[ChannelPool] = weakref.WeakSet()  # of sessions that are over, too
         self._control = Control()
         self._tickets: deque[Ticket] = deque()
@@ -123,6 +132,9 @@ class Peer:
         self._requests = Requests(self._parts)
         touches = Touches(self._control.loop, self._requests.touch) if auto_touch else None
         self._gets = Gets(self._control, self._parts, touches)
+        self._gpu = Gpu(self._control, self._gets, self._requests, self._parts, slots)
+        self._registry = Registry(self, self._control, self._gpu, self._tell_all, self._quiesce)
+        self._buffers = self._registry.buffers
         try:
             self._control.call(self._connect(), timeout * 4)
         except BaseException:
@@ -152,16 +164,17 @@ class Peer:
         if self.fabric is None:
             fabric = choose_fabric(session.welcome.fabrics, local, **self._fabric_wish)
             self._get_domain, self._put_domain = fabric.domain(), fabric.domain()
+            self._registry.open(self._get_domain, self._put_domain)
             self.fabric = fabric
         elif self.fabric.name not in session.welcome.fabrics:
             raise MemKVError(
                 f"this node offers {session.welcome.fabrics}, the others are used over {self.fabric.name}",
                 "all nodes of a cluster need one fabric: memkv-node serve --fabric",
             )
-        offered = list(self._buffers.values())
+        offered = self._registry.offered
         await session.attach(self._get_domain, self._put_domain, [to_region(b.desc) for b in offered])
         self._pools.add(session.pool)
-        while late := [b for b in list(self._buffers.values()) if b not in offered]:  # registered meanwhile
+        while late := [b for b in self._registry.offered if b not in offered]:  # registered meanwhile
             offered += late
             await session.offer([b.desc for b in late])
 
@@ -170,44 +183,22 @@ class Peer:
     def register(self, buffer: Any) -> Buffer:
         """Registers memory for gets and puts.
 
-        :param buffer: anything with the buffer protocol, or ``(pointer, size in bytes)``; it must stay where
-            it is until the :class:`Buffer` is closed. A read-only one can only be put from.
-        :raises LocalError: not usable memory. :raises DeviceError: the kernel refuses (memlock).
+        :param buffer: anything with the buffer protocol, or ``(pointer, size in bytes)``; GPU memory as an
+            array of CuPy, torch or JAX, or ``(pointer, size in bytes, "cuda:0")``. It must stay where it is
+            until the :class:`Buffer` is closed. A read-only one can only be put from.
+        :raises LocalError: not usable memory, or blocks longer than the staging slots. :raises DeviceError:
+            the kernel or the GPU's driver refuses (memlock).
+
+        GPU memory that the fabric cannot reach is *staged*: through ``staging_slots`` pinned host slots of
+        ``staging_slot_bytes`` each (arguments of :func:`memkv.connect`; 64 MiB together by default), for each
+        device and direction. The buffer's ``get_rung`` and ``put_rung`` say which way blocks go, and why.
         """
-        if self._control.closed:
-            raise LocalError("the peer is closed")
-        memory = resolve(buffer)
-        into = None
-        if memory.writable:
-            into = self._get_domain.register(memory.address, memory.nbytes, owner=memory.owner)
-        id = into.id if into else self._get_domain.reserve_id()
-        try:
-            out = self._put_domain.register(
-                memory.address, memory.nbytes, remote_read=True, owner=memory.owner, region_id=id
-            )
-        except BaseException:
-            if into:
-                into.close()
-            raise
-        handle = Buffer(self, memory, into, out)
-        self._buffers[id] = handle
-        self._control.call(self._tell_all(lambda s: s.offer([handle.desc])), self.timeout + 1)
-        return handle
+        return self._registry.register(buffer)
 
     def _unregister(self, handle: Buffer) -> None:
-        if self._buffers.pop(handle.id, None) is None:
-            return
-        if not self._control.closed:
-            self._control.call(self._let_go(np.array([handle.id], "<u4").tobytes()), None)
-        for region in (handle._into, handle._out):
-            if region is not None:
-                region.close()
+        self._registry.unregister(handle)
 
-    async def _let_go(self, ids: bytes) -> None:
-        """Ends when neither a node nor a batch of ours uses the regions: batches have deadlines, and so have
-        nodes. A batch may go on although its session is over, so the sessions that are up are not enough.
-        """
-        await self._tell_all(lambda s: s.ask(lambda r: m.WithdrawRegions(r, ids)), fatal=True)
+    async def _quiesce(self) -> None:
         await asyncio.gather(*(pool.quiesce() for pool in list(self._pools)))
 
     async def _tell_all(self, action: Any, fatal: bool = False) -> None:
@@ -285,8 +276,9 @@ class Peer:
         timeout: float | None = None,
         checksum: bool | None = None,
         lengths: npt.NDArray[np.uint32] | None = None,
+        stream: Any = None,
     ) -> Statuses:
-        """Fetches blocks into registered memory.
+        """Fetches blocks into registered memory, of the host or of a GPU, or both in one batch.
 
         :param keys: (n, 16) uint8, or a sequence of 16-byte strings.
         :param slices: where each goes (:meth:`Buffer.slices`), with room for the whole block.
@@ -294,12 +286,24 @@ class Peer:
         :param checksum: verify payloads too; by default as the peer was made. Key, length, generation and
             time are always verified.
         :param lengths: (n,) uint32, receives the length of each HIT in bytes.
+        :param stream: a CUDA stream (of CuPy or torch, or its handle) on which slices may still be in use:
+            nothing is written into them before the work that it has now is over.
         :returns: (n,) uint8 of :class:`~memkv.status.Status`; a slice's content is undefined unless HIT.
+
+        When this returns no copy into a slice is under way, and GPU memory holds the blocks for all work that
+        is launched from now on, on whatever stream. Copies that have begun are waited for beyond
+        ``timeout``: nobody can take them back.
         """
-        batch = Batch(as_keys(keys), slices, self.checksum if checksum is None else checksum, False)
-        status = self._gets.run(batch, self._seconds(timeout)).status
+        keys, verify = as_keys(keys), self.checksum if checksum is None else checksum
+        if self._gpu.concerns(slices, stream):
+            status, found = self._control.call(
+                self._gpu.get(keys, slices, self._seconds(timeout), verify, stream), None
+            )
+        else:
+            batch = Batch(keys, slices, verify, False)
+            status, found = self._gets.run(batch, self._seconds(timeout)).status, batch.lengths
         if lengths is not None:
-            lengths[:] = batch.lengths
+            lengths[:] = found
         return status
 
     def stage(self, keys: Any, *, timeout: float | None = None) -> Statuses:
@@ -321,20 +325,23 @@ class Peer:
         timeout: float | None = None,
         durability: str = "memory",
         checksums: npt.NDArray[np.uint64] | None = None,
+        stream: Any = None,
     ) -> Statuses:
-        """Has the nodes pull blocks out of registered memory and keep them.
+        """Has the nodes pull blocks out of registered memory, of the host or of a GPU, and keep them.
 
         :param slices: what to keep; each slice's length is the block's. It must not change until this
             returns.
         :param durability: "memory", or "flash" where the node has some.
         :param checksums: (n,) uint64 as docs/layout.md defines them; without them the node computes its own.
+        :param stream: the CUDA stream whose work makes the blocks: nothing is read before the work that it
+            has now is over. Without one they have to be complete.
         :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the
             slices.
         """
-        t = self._seconds(timeout)
-        return self._control.call(
-            self._requests.put(as_keys(keys), slices, t, durability, checksums), t * 2 + 10
-        )
+        keys, t = as_keys(keys), self._seconds(timeout)
+        if self._gpu.concerns(slices, stream):
+            return self._control.call(self._gpu.put(keys, slices, t, durability, checksums, stream), None)
+        return self._control.call(self._requests.put(keys, slices, t, durability, checksums), t * 2 + 10)
 
     def touch(self, keys: Any) -> None:
         """Tells the nodes that blocks are in use, so that they are evicted later. Gets do it themselves."""
@@ -371,17 +378,47 @@ class Peer:
         return self._event
 
     def submit_get(
-        self, keys: Any, slices: Slices, *, timeout: float | None = None, tag: object = None
+        self,
+        keys: Any,
+        slices: Slices,
+        *,
+        timeout: float | None = None,
+        stream: Any = None,
+        tag: object = None,
     ) -> Ticket:
         """Starts a get and returns at once. See :meth:`get_into`; slices are the batch's until its ticket is
         done.
         """
-        batch = Batch(as_keys(keys), slices, self.checksum, False)
+        return self._submit(
+            self._get_async(as_keys(keys), slices, self._seconds(timeout), self.checksum, stream), tag
+        )
+
+    def _get_async(
+        self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any
+    ) -> Coroutine[Any, Any, Statuses]:
+        """A get for the control thread. What it needs of the caller's thread is done here and now."""
+        if self._gpu.concerns(slices, stream):
+            return _statuses(self._gpu.get(keys, slices, seconds, checksum, stream))
+        batch = Batch(keys, slices, checksum, False)
 
         async def work() -> Statuses:
-            return (await self._gets.run_async(batch, self._seconds(timeout))).status
+            return (await self._gets.run_async(batch, seconds)).status
 
-        return self._submit(work(), tag)
+        return work()
+
+    def _put_async(
+        self,
+        keys: Keys,
+        slices: Slices,
+        seconds: float,
+        durability: str,
+        checksums: npt.NDArray[np.uint64] | None,
+        stream: Any,
+    ) -> Coroutine[Any, Any, Statuses]:
+        """A put for the control thread."""
+        if self._gpu.concerns(slices, stream):
+            return self._gpu.put(keys, slices, seconds, durability, checksums, stream)
+        return self._requests.put(keys, slices, seconds, durability, checksums)
 
     def submit_stage(self, keys: Any, *, timeout: float | None = None, tag: object = None) -> Ticket:
         """Announces blocks and returns at once. See :meth:`stage`."""
@@ -394,11 +431,12 @@ class Peer:
         *,
         timeout: float | None = None,
         durability: str = "memory",
+        stream: Any = None,
         tag: object = None,
     ) -> Ticket:
         """Starts a put and returns at once. See :meth:`put_from`."""
         t = self._seconds(timeout)
-        return self._submit(self._requests.put(as_keys(keys), slices, t, durability, None), tag)
+        return self._submit(self._put_async(as_keys(keys), slices, t, durability, None, stream), tag)
 
     def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object) -> Ticket:
         ticket = Ticket(tag)
@@ -437,7 +475,9 @@ class Peer:
     # --- about itself ---
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this peer, one entry per node, with the fabric and why it was taken."""
+        """Counters of this peer, one entry per node, with the fabric and why it was taken. Where GPU memory
+        was registered, ``gpu`` has each device's slots and bytes, and every buffer's rungs and their reasons.
+        """
         nodes = {}
         for link in self._links:
             session = link.session
@@ -452,7 +492,10 @@ class Peer:
                 entry["strict"] = bool(view.strict)
             nodes[link.address] = entry
         fabric = self.fabric.describe() | {"reason": self.fabric.reason} if self.fabric else {}
-        return {"namespace": self.namespace, "fabric": fabric, "nodes": nodes}
+        out: dict[str, Any] = {"namespace": self.namespace, "fabric": fabric, "nodes": nodes}
+        if self._gpu.used:
+            out["gpu"] = self._gpu.stats()
+        return out
 
     def node_stats(self, *, timeout: float | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         """What each node that is up says of itself: sections of flat values, by node."""
@@ -477,8 +520,8 @@ class Peer:
             return
         self._control.closed = True
         self._control.finish(self._leave())
-        for handle in list(self._buffers.values()):
-            self._unregister(handle)
+        self._registry.close()
+        self._gpu.close()
         if self.fabric is not None:
             self._get_domain.close()
             self._put_domain.close()
@@ -489,6 +532,7 @@ class Peer:
         await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
         await asyncio.gather(*(pool.quiesce() for pool in list(self._pools)))
         await self._control.settle()
+        await self._gpu.detach()
 
     def __enter__(self) -> Peer:
         return self

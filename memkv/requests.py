@@ -73,11 +73,7 @@ class Requests:
         checksums: npt.NDArray[np.uint64] | None,
     ) -> Statuses:
         """See :meth:`memkv.Peer.put_from`."""
-        check_slices(slices, len(keys))
-        if checksums is not None and (np.shape(checksums) != (len(keys),) or checksums.dtype != np.uint64):
-            raise LocalError(
-                "checksums are an array of dtype uint64, one per key", "docs/layout.md, Checksum"
-            )
+        check_put(keys, slices, checksums)
         status = np.full(len(keys), Status.ERROR_UNREACHABLE, np.uint8)
         until = time.monotonic() + seconds
         tasks = []
@@ -109,6 +105,13 @@ class Requests:
                 here = answer.index[status[answer.index] == Status.TIMEOUT]
                 status[here] = _status_of(answer.part, answer.session)
         return status
+
+
+def check_put(keys: Keys, slices: Slices, checksums: npt.NDArray[np.uint64] | None) -> None:
+    """:raises LocalError: slices or checksums are not what they have to be."""
+    check_slices(slices, len(keys))
+    if checksums is not None and (np.shape(checksums) != (len(keys),) or checksums.dtype != np.uint64):
+        raise LocalError("checksums are an array of dtype uint64, one per key", "docs/layout.md, Checksum")
 
 
 def _status_of(error: MemKVError, session: Session) -> Status:

@@ -32,6 +32,7 @@ class Status(IntEnum):
     ERROR_REFUSED = 22
     ERROR_INTERNAL = 23
     ERROR_DEVICE = 24
+    ERROR_COPY = 25
 
     @property
     def is_error(self) -> bool:
@@ -59,6 +60,7 @@ _TEXT = {
     Status.ERROR_REFUSED: "not allowed: a region that was not offered, a pin without a time to live",
     Status.ERROR_INTERNAL: "the node's own fault; its log says more",
     Status.ERROR_DEVICE: "the node's flash could not be read, or the block not be written to it",
+    Status.ERROR_COPY: "the GPU's driver refused or failed the copy; the log and stats say why",
 }
 
 

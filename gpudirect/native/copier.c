@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -57,15 +58,16 @@ static void count(uint64_t *counter, uint64_t by) {
     __atomic_fetch_add(counter, by, __ATOMIC_RELAXED);
 }
 
-/* Nothing of this transfer is under way: whoever submitted it may have it back. */
+/* Nothing of this transfer is under way: whoever submitted it may have it back. rc: of all of it. */
 static void finish(struct mkv_lane *lane, struct mkv_transfer *t, int rc) {
     uint64_t one = 1, bytes = 0;
     if (rc) {
         t->rc = rc;
         t->good = 0;
+        memset(t->ok, 0, t->n);
     }
-    for (uint32_t i = 0; i < t->good; i++)
-        bytes += t->copies[i].nbytes;
+    for (uint32_t i = 0; i < t->n; i++)
+        bytes += t->ok[i] ? t->copies[i].nbytes : 0;
     count(&lane->stats.bytes, bytes);
     count(&lane->stats.blocks, t->good);
     count(&lane->stats.transfers, 1);
@@ -81,27 +83,41 @@ static void finish(struct mkv_lane *lane, struct mkv_transfer *t, int rc) {
         ;
 }
 
-/* Hands all copies to the stream. The first one that is refused ends it; those before it stay good. */
+/* Hands copies [from, to), which are adjacent, to the stream as one. */
+static int issue_run(struct mkv_lane *lane, struct mkv_transfer *t, uint32_t from, uint32_t to) {
+    const struct mkv_copy *c = &t->copies[from];
+    uint64_t nbytes = 0;
+    for (uint32_t i = from; i < to; i++)
+        nbytes += t->copies[i].nbytes;
+    int rc = nbytes ? lane->driver.copy(c->dst, c->src, nbytes, lane->stream) : 0;
+    count(&lane->stats.calls, 1);
+    if (rc) {
+        t->rc = rc;
+        return rc;
+    }
+    memset(t->ok + from, 1, to - from);
+    t->good += to - from;
+    return 0;
+}
+
+/* Hands all copies to the stream; those that it refuses are left out, and no others. */
 static void issue(struct mkv_lane *lane, struct mkv_transfer *t) {
     const struct mkv_copy *c = t->copies;
-    int rc = 0;
-    for (uint32_t i = 0; i < t->n && !rc; i = t->good) {
-        uint64_t nbytes = c[i].nbytes;
-        uint32_t end = i + 1;
-        while (end < t->n && c[end].dst == c[i].dst + nbytes && c[end].src == c[i].src + nbytes)
-            nbytes += c[end++].nbytes;
-        count(&lane->stats.calls, 1);
-        rc = nbytes ? lane->driver.copy(c[i].dst, c[i].src, nbytes, lane->stream) : 0;
-        if (!rc)
-            t->good = end;
+    for (uint32_t i = 0, end; i < t->n; i = end) {
+        for (end = i + 1; end < t->n; end++)
+            if (c[end].dst != c[end - 1].dst + c[end - 1].nbytes ||
+                c[end].src != c[end - 1].src + c[end - 1].nbytes)
+                break;
+        if (issue_run(lane, t, i, end) && end - i > 1)
+            for (uint32_t k = i; k < end; k++)
+                issue_run(lane, t, k, k + 1);
     }
-    t->rc = rc;
     if (!t->good) {
-        finish(lane, t, rc);
+        finish(lane, t, t->rc);
         return;
     }
     t->event = lane->events[--lane->free_events];
-    rc = lane->driver.record(t->event, lane->stream);
+    int rc = lane->driver.record(t->event, lane->stream);
     if (rc) { /* no event will tell: wait here, or hear that the context is no more */
         lane->events[lane->free_events++] = t->event;
         lane->driver.synchronize(lane->stream);
@@ -282,11 +298,11 @@ void mkv_lane_free(struct mkv_lane *lane) {
     release(lane);
 }
 
-int mkv_copy_cuda(struct mkv_copy_driver *out, int into_device) {
-    void *cuda = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+int mkv_copy_cuda(struct mkv_copy_driver *out, const char *library, int into_device) {
+    void *cuda = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
     if (!cuda)
         return -ENOENT;
-    /* CUdeviceptr and a host pointer are passed alike, so that one type serves both copies. */
+    /* A CUdeviceptr and a host pointer are passed alike, so that one type serves both copies. */
     out->set_context = (int (*)(void *))dlsym(cuda, "cuCtxSetCurrent");
     out->copy = (int (*)(uint64_t, uint64_t, size_t, void *))dlsym(
         cuda, into_device ? "cuMemcpyHtoDAsync_v2" : "cuMemcpyDtoHAsync_v2");

@@ -40,11 +40,12 @@ struct mkv_copy { /* 24 B */
 
 struct mkv_transfer { /* kept alive by whoever submitted it, with all that it points to, until it is done */
     const struct mkv_copy *copies;
+    uint8_t *ok;          /* n bytes, zeroed; when done: 1 where the copy is in place */
     void *after;          /* an event that has to be reached before the first copy; may be NULL */
     uint64_t deadline_ns; /* mkv_now_ns */
     uint64_t ticket;
     uint32_t n;
-    uint32_t good; /* when done: so many copies, from the first on, are in place */
+    uint32_t good; /* when done: how many copies are in place */
     int32_t rc;    /* when done: why not all of them; 0, the driver's error, or MKV_COPY_LATE, _CLOSED */
     int32_t done;
     /* the lane's own */
@@ -76,7 +77,8 @@ void mkv_lane_stats(struct mkv_lane *lane, struct mkv_lane_stats *out);
 /* Waits for what has been issued; what has not been is done with MKV_COPY_CLOSED. Reap before this. */
 void mkv_lane_free(struct mkv_lane *lane);
 
-/* The functions of libcuda, which must be loaded already; `into_device` chooses the copy. 0 or -ENOENT. */
-int mkv_copy_cuda(struct mkv_copy_driver *out, int into_device);
+/* The functions of a libcuda, which must be loaded already; `into_device` chooses the copy. 0; -ENOENT: no
+ * such library, or it lacks one of them. */
+int mkv_copy_cuda(struct mkv_copy_driver *out, const char *library, int into_device);
 
 #endif

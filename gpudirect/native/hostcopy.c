@@ -12,6 +12,7 @@
 struct mkv_hostevent {
     uint64_t recorded, reached; /* how often (atomic) */
     int rc;                     /* of the stream, when it was last reached */
+    int refs;                   /* its owner's and those of records under way (atomic) */
 };
 
 struct op {
@@ -33,6 +34,7 @@ static void perform(struct mkv_hoststream *s, struct op *op) {
     if (op->event) {
         op->event->rc = s->lost;
         __atomic_fetch_add(&op->event->reached, 1, __ATOMIC_RELEASE);
+        mkv_hostevent_free(op->event);
         return;
     }
     if (s->done == s->lose_at)
@@ -137,11 +139,16 @@ void mkv_hoststream_counts(struct mkv_hoststream *s, uint64_t *taken, uint64_t *
 }
 
 struct mkv_hostevent *mkv_hostevent_new(void) {
-    return calloc(1, sizeof(struct mkv_hostevent));
+    struct mkv_hostevent *e = calloc(1, sizeof *e);
+    if (e)
+        e->refs = 1;
+    return e;
 }
 
+/* Like cuEventDestroy, also while a record of it is under way. */
 void mkv_hostevent_free(struct mkv_hostevent *e) {
-    free(e);
+    if (e && !__atomic_sub_fetch(&e->refs, 1, __ATOMIC_ACQ_REL))
+        free(e);
 }
 
 /* --- the driver's functions --- */
@@ -186,8 +193,10 @@ static int record(void *event, void *stream) {
     struct mkv_hostevent *e = event;
     pthread_mutex_lock(&s->lock);
     int rc = enqueue(s, (struct op){.event = e});
-    if (!rc)
+    if (!rc) {
+        __atomic_fetch_add(&e->refs, 1, __ATOMIC_RELAXED);
         __atomic_fetch_add(&e->recorded, 1, __ATOMIC_RELAXED);
+    }
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -165,7 +165,8 @@ enum {
     MKV_ERROR_FULL,        /* no room, and nothing that may be evicted before the deadline */
     MKV_ERROR_REFUSED,     /* not allowed: a wrong region, a pin without a time to live */
     MKV_ERROR_INTERNAL,
-    MKV_ERROR_DEVICE /* flash could not be read, or the block not be written to it */
+    MKV_ERROR_DEVICE, /* flash could not be read, or the block not be written to it */
+    MKV_ERROR_COPY    /* never from a node: the peer could not copy to or from its GPU */
 };
 /* end cdef */
 
