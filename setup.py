@@ -94,7 +94,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["memkv", "memkv.*"]),  # it follows the links
-    package_data={"memkv": ["py.typed"], **{f.replace("/", "."): ["*.pyi"] for f in NATIVE}},
+    package_data={
+        "memkv": ["py.typed"],
+        "memkv.gpudirect.kernels": ["*.cu"],  # compiled by CuPy where they run
+        **{f.replace("/", "."): ["*.pyi"] for f in NATIVE},
+    },
     include_package_data=False,
     cffi_modules=[f"{folder}/build.py:ffi" for folder in NATIVE],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
