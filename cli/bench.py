@@ -1,4 +1,4 @@
-"""``memkv-bench``: limit, get, put, mixed, latency, replay, flash, restart."""
+"""``memkv-bench``: limit, get, put, mixed, latency, replay, flash, restart, gpu."""
 
 from __future__ import annotations
 
@@ -170,6 +170,33 @@ def restart(as_json: bool, **flags: Any) -> int:
 
     memory = flags.pop("memory") or 0
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+
+
+@main.command()
+@click.option("--gpu", metavar="cuda:N", default="cuda:0", help="Which, as CUDA counts. [cuda:0]")
+@click.option(
+    "--sizes", callback=sizes, metavar="SIZE,…", default="1m,4m,16m", help="Block sizes. [1m,4m,16m]"
+)
+@click.option(
+    "--working-set",
+    callback=a_size,
+    metavar="SIZE",
+    default="512m",
+    help="Bytes of blocks; twice on the GPU. [512m]",
+)
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="Timed, for each row. [2]")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=7, help="Turns that the seconds are divided into. [7]"
+)
+@click.option(
+    "--verify/--no-verify", default=True, help="Compare every byte, outside of the timed part. [on]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def gpu(as_json: bool, **flags: Any) -> int:
+    """Staging into GPU memory beside pinned copies, kernels beside a copy within the GPU."""
+    from .gpu_bench import Settings, run
+
+    return _finish(*run(Settings(**flags)), as_json=as_json)
 
 
 if __name__ == "__main__":

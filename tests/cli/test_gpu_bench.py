@@ -1,0 +1,172 @@
+"""``memkv-bench gpu`` without a GPU: what it says, and its staging half over a stand-in."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memkv.cli import gpu_bench, gpu_rig, report
+from memkv.cli.gpu_bench import Settings
+from memkv.cli.gpu_staging import Pipeline
+from memkv.gpudirect import driver
+from memkv.gpudirect.copier_host import HostDevice
+from memkv.rdma.errors import DeviceError, LocalError
+from memkv.rdma.memory import HostMemory
+
+NO_GPU = driver.available()
+MIB = 1 << 20
+
+
+class HostRig:
+    """A rig whose GPU is host memory."""
+
+    index = 0
+
+    def __init__(self) -> None:
+        self.device = HostDevice()
+        self._memory: list[Any] = []
+
+    def alloc(self, nbytes: int) -> int:
+        self._memory.append(np.zeros(nbytes, np.uint8))
+        return int(self._memory[-1].ctypes.data)
+
+    def fill(self, address: int, data: np.ndarray) -> None:
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+
+    def read(self, address: int, nbytes: int) -> np.ndarray:
+        return np.frombuffer(ctypes.string_at(address, nbytes), np.uint8)
+
+    def copies(self, address: int, pinned: HostMemory, size: int, count: int, into: bool) -> int:
+        start = time.perf_counter_ns()
+        for i in range(count):
+            pair = (address + i * size, pinned.address + i % (pinned.nbytes // size) * size)
+            ctypes.memmove(*(pair if into else pair[::-1]), size)
+        return time.perf_counter_ns() - start
+
+    def heading(self) -> dict[str, Any]:
+        return {"gpu": "a stand-in"}
+
+
+@pytest.fixture
+def rig() -> Iterator[HostRig]:
+    rig = HostRig()
+    yield rig
+    assert not rig.device.pinned, "pinned memory was left"
+
+
+def settings(**more: Any) -> Settings:
+    given = {"sizes": (MIB, 3 * MIB), "working_set": 12 * MIB, "seconds": 0.05, "rounds": 2} | more
+    return Settings(**given)
+
+
+def no_kernels() -> Any:
+    raise LocalError("no CuPy here", "pip install cupy-cuda12x")
+
+
+def test_staging_is_measured_beside_copies_both_ways(
+    rig: HostRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, rows, notes = gpu_bench.measure(rig, settings(), no_kernels)
+    report.print_result(head, rows, as_json=True, notes=notes)
+    out = json.loads(capsys.readouterr().out)
+
+    assert out["heading"]["gpu"] == "a stand-in"
+    assert {"cpu", "memkv", "cupy"} <= set(out["heading"])
+    assert [(r["what"], r["size"]) for r in out["rows"]] == [
+        (f"{what} {way} the GPU", size)
+        for size in (MIB, 3 * MIB)
+        for way in ("into", "out of")
+        for what in ("pinned copies", "staging")
+    ] + [("kernels", None)]
+    assert all(r["errors"] == 0 for r in out["rows"])
+    for row in out["rows"][:-1]:
+        assert row["gbps"] > 0
+        assert row["ratio"] > 0
+        assert row["limit_gbps"] > 0
+    assert "no CuPy here" in out["rows"][-1]["note"]
+
+
+@pytest.mark.parametrize("into", [True, False])
+def test_a_wrong_byte_is_seen(rig: HostRig, into: bool) -> None:
+    memory = rig.alloc(8 * MIB)
+    pipeline = Pipeline(rig, memory, MIB, 8, into)
+    whole = rig.read if into else rig.fill
+    try:
+        assert pipeline.turn(0.001).hits % 8 == 0
+        assert pipeline.wrong() == 0
+
+        if into:
+            rig.read = lambda a, n: whole(a, n) ^ (np.arange(n) == 5 * MIB)  # type: ignore[method-assign]
+        else:
+            rig.fill = lambda a, d: whole(a, d ^ (np.arange(d.size) == 5 * MIB).reshape(d.shape))  # type: ignore[method-assign]
+        assert pipeline.wrong() == 1
+    finally:
+        pipeline.close()
+
+
+def test_a_copy_that_fails_is_an_error_with_the_drivers_word(rig: HostRig) -> None:
+    pipeline = Pipeline(rig, rig.alloc(4 * MIB), MIB, 4, True)
+    rig.device.into.refuse(1, 719)
+    try:
+        with pytest.raises(DeviceError, match="719"):
+            pipeline.turn(0.001)
+    finally:
+        rig.device.into.refuse(0, 0)
+        pipeline.close()
+
+
+def test_wrong_blocks_are_errors_of_the_command(rig: HostRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "wrong", lambda self: 2)
+
+    _, rows, _ = gpu_bench.measure(rig, settings(sizes=(MIB,)), no_kernels)
+
+    staged = [row for row in rows if row.what.startswith("staging")]
+    assert [row.errors for row in staged] == [4, 4]
+    assert "wrong bytes" in staged[0].note
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LocalError, match="16M does not fit"):
+        gpu_bench.run(settings(sizes=(16 * MIB,)))
+
+
+@pytest.mark.parametrize("name", ["gpu0", "cuda", "cuda:x", "cuda:-1"])
+def test_a_gpu_is_named_as_cuda_counts(name: str) -> None:
+    with pytest.raises(LocalError, match="cuda:0, as CUDA counts"):
+        gpu_rig.check(name)
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU here")
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--gpu", "cuda:1"]])
+def test_without_a_gpu_it_is_one_line(flags: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memkv.cli.bench", "gpu", *flags], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("memkv-bench: error: no cuda:")
+    assert "libcuda.so.1" in line or "GPU" in line
+
+
+def test_the_link_is_shown_as_the_kernel_has_it(tmp_path: Path) -> None:
+    device = tmp_path / "sys/bus/pci/devices/0000:17:00.0"
+    device.mkdir(parents=True)
+    for name, text in {"current_link_speed": "32.0 GT/s PCIe", "current_link_width": "16"}.items():
+        (device / name).write_text(text)
+        (device / name.replace("current", "max")).write_text(text)
+
+    assert gpu_rig.pcie("0000:17:00.0", tmp_path) == (
+        "0000:17:00.0: 32.0 GT/s PCIe x16 (at most 32.0 GT/s PCIe x16)"
+    )
+    assert "does not show" in gpu_rig.pcie("0000:18:00.0", tmp_path)
