@@ -8,6 +8,7 @@ driver's functions differ.
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class Lane:
         self._under_way: dict[int, tuple[Any, Any, asyncio.Future[None]]] = {}
         self._out = ffi.new("struct mkv_transfer *[]", 64)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._final: dict[str, int] | None = None
+        self._stats = ffi.new("struct mkv_lane_stats *")
+        self._lock = threading.Lock()  # stats() may be called from anywhere
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the loop's thread: outcomes will be taken there from now on."""
@@ -123,11 +125,10 @@ class Lane:
         """Counters: ``bytes`` and ``blocks`` in place, ``calls`` of the driver, ``errors``, ``transfers``,
         ``last_error``.
         """
-        if self._final is not None:
-            return self._final
-        out = ffi.new("struct mkv_lane_stats *")
-        lib.mkv_lane_stats(self._lane, out)
-        return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct mkv_lane_stats").fields}
+        with self._lock:
+            if self._lane != ffi.NULL:
+                lib.mkv_lane_stats(self._lane, self._stats)
+        return {n: int(getattr(self._stats, n)) for n, _ in ffi.typeof("struct mkv_lane_stats").fields}
 
     def detach(self) -> None:
         """On the loop's thread, when nothing is under way any more."""
@@ -138,9 +139,9 @@ class Lane:
     def close(self) -> None:
         """Ends the thread; waits for what is in the stream."""
         if self._lane != ffi.NULL:
-            self._final = self.stats()
-            lib.mkv_lane_free(self._lane)
-            self._lane = ffi.NULL
+            with self._lock:
+                lane, self._lane = self._lane, ffi.NULL
+            lib.mkv_lane_free(lane, self._stats)
             self._release()
 
 
@@ -167,6 +168,10 @@ class Device(ABC):
         :param stream: an object with ``ptr`` (CuPy), ``cuda_stream`` (torch) or ``__cuda_stream__``, or the
             handle as an integer; 0 is the legacy default stream.
         """
+
+    @abstractmethod
+    def allocation_id(self, address: int) -> int:
+        """What is never the same for two allocations of a process; 0 where that is not known."""
 
     @abstractmethod
     def explain(self, rc: int) -> str:

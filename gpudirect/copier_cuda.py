@@ -75,5 +75,11 @@ class CudaDevice(Device):
     def mark(self, stream: Any) -> Mark:
         return _Mark(self._cuda, self.index, stream_handle(stream))
 
+    def allocation_id(self, address: int) -> int:
+        try:
+            return self._cuda.buffer_id(address)
+        except DeviceError:  # nothing is there any more
+            return 0
+
     def explain(self, rc: int) -> str:
         return self._cuda.error_text(rc)

@@ -78,6 +78,7 @@ class HostDevice(Device):
         self.into = HostStream()
         self.out = HostStream()
         self.pinned: dict[int, int] = {}
+        self.allocations: dict[int, int] = {}  # ids by address, where a test has set them
         self._driver = ffi.new("struct mkv_copy_driver *")
         lib.mkv_copy_host(self._driver)
 
@@ -102,6 +103,9 @@ class HostDevice(Device):
         from .copier import stream_handle
 
         return _Mark(self._driver, stream_handle(stream))
+
+    def allocation_id(self, address: int) -> int:
+        return self.allocations.get(address, 0)
 
     def explain(self, rc: int) -> str:
         return f"error {rc} of the stand-in for a GPU"

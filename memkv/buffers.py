@@ -57,6 +57,7 @@ class Buffer:
         self.address = memory.address
         self.nbytes = memory.nbytes
         self.device = device
+        self.allocation_id = memory.buffer_id  # of GPU memory: another one here means that it was freed
         self.get_rung = get_rung
         self.put_rung = put_rung
         self._memory: Memory | None = memory

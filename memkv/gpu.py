@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("memkv.peer")
 
+T = TypeVar("T")
 Statuses = npt.NDArray[np.uint8]
 Found = tuple[Statuses, npt.NDArray[np.uint32]]  # statuses and lengths, by key
 
@@ -177,8 +179,10 @@ class Gpu:
 
     def get(
         self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any
-    ) -> Coroutine[Any, Any, Found]:
-        """A get with slices anywhere; called on the caller's thread, to be run on the control thread."""
+    ) -> Callable[[], Coroutine[Any, Any, Found]]:
+        """A get with slices anywhere: what to run on the control thread. This itself is called on the
+        caller's, and notes where ``stream`` is now.
+        """
         check_slices(slices, len(keys))
         until = time.monotonic() + seconds
         mark = self._mark(slices, stream)
@@ -209,7 +213,7 @@ class Gpu:
             await self._each(_Batch(keys, slices, status, True), plain, staged)
             return status, lengths
 
-        return self._tracked(work(), mark)
+        return partial(self._tracked, work, mark)
 
     def put(
         self,
@@ -219,8 +223,8 @@ class Gpu:
         durability: str,
         checksums: npt.NDArray[np.uint64] | None,
         stream: Any,
-    ) -> Coroutine[Any, Any, Statuses]:
-        """A put with slices anywhere; called on the caller's thread, to be run on the control thread."""
+    ) -> Callable[[], Coroutine[Any, Any, Statuses]]:
+        """A put with slices anywhere. See :meth:`get`."""
         check_put(keys, slices, checksums)
         until = time.monotonic() + seconds
         mark = self._mark(slices, stream)
@@ -248,13 +252,13 @@ class Gpu:
             await self._each(_Batch(keys, slices, status, False), plain, staged)
             return status
 
-        return self._tracked(work(), mark)
+        return partial(self._tracked, work, mark)
 
-    async def _tracked(self, work: Coroutine[Any, Any, Any], mark: Mark | None) -> Any:
+    async def _tracked(self, work: Callable[[], Coroutine[Any, Any, T]], mark: Mark | None) -> T:
         task: Any = asyncio.current_task()
         self._under_way.add(task)
         try:
-            return await work
+            return await work()
         finally:
             self._under_way.discard(task)
             if mark is not None:
@@ -275,6 +279,9 @@ class Gpu:
                 continue
             mine = batch.slices["region"] == region
             rest &= ~mine
+            if not self._is_there(buffer):
+                batch.status[mine] = Status.ERROR_BOUNDS
+                continue
             stage = self._stages[buffer.device, batch.into]
             ways += [staged(stage, part) for part in self._parts(batch, buffer, np.flatnonzero(mine))]
         if rest.any():
@@ -282,6 +289,15 @@ class Gpu:
         for outcome in await asyncio.gather(*ways, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    def _is_there(self, buffer: Buffer) -> bool:
+        """False where the application has freed the memory: who knows whose it is by now."""
+        if not buffer.allocation_id:
+            return True
+        same = self._devices[buffer.device].allocation_id(buffer.address) == buffer.allocation_id
+        if not same:
+            log.error("buffer %d on %s was freed while it was registered", buffer.id, buffer.device)
+        return same
 
     def _parts(self, batch: _Batch, buffer: Buffer, index: Places) -> list[_Part]:
         """The blocks at ``index``, all in one buffer, by node. Those that cannot be staged get their status

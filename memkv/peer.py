@@ -26,7 +26,7 @@ from .channels import ChannelPool
 from .control import Control
 from .fabrics import choose_fabric
 from .gets import Gets, prefix
-from .gpu import Found, Gpu
+from .gpu import Gpu
 from .gpudirect.staging import SLOT_BYTES, SLOTS
 from .gpudirect.staging import Settings as StagingSettings
 from .link import Link
@@ -60,10 +60,6 @@ def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None)
         with open(file, "rb") as f:
             return f.read().strip()
     return os.environ.get("MEMKV_SECRET", "").encode()
-
-
-async def _statuses(get: Coroutine[Any, Any, Found]) -> Statuses:
-    return (await get)[0]
 
 
 class Peer:
@@ -297,7 +293,7 @@ class Peer:
         keys, verify = as_keys(keys), self.checksum if checksum is None else checksum
         if self._gpu.concerns(slices, stream):
             status, found = self._control.call(
-                self._gpu.get(keys, slices, self._seconds(timeout), verify, stream), None
+                self._gpu.get(keys, slices, self._seconds(timeout), verify, stream)(), None
             )
         else:
             batch = Batch(keys, slices, verify, False)
@@ -340,7 +336,7 @@ class Peer:
         """
         keys, t = as_keys(keys), self._seconds(timeout)
         if self._gpu.concerns(slices, stream):
-            return self._control.call(self._gpu.put(keys, slices, t, durability, checksums, stream), None)
+            return self._control.call(self._gpu.put(keys, slices, t, durability, checksums, stream)(), None)
         return self._control.call(self._requests.put(keys, slices, t, durability, checksums), t * 2 + 10)
 
     def touch(self, keys: Any) -> None:
@@ -398,7 +394,12 @@ class Peer:
     ) -> Coroutine[Any, Any, Statuses]:
         """A get for the control thread. What it needs of the caller's thread is done here and now."""
         if self._gpu.concerns(slices, stream):
-            return _statuses(self._gpu.get(keys, slices, seconds, checksum, stream))
+            start = self._gpu.get(keys, slices, seconds, checksum, stream)
+
+            async def gpu_work() -> Statuses:
+                return (await start())[0]
+
+            return gpu_work()
         batch = Batch(keys, slices, checksum, False)
 
         async def work() -> Statuses:
@@ -417,7 +418,7 @@ class Peer:
     ) -> Coroutine[Any, Any, Statuses]:
         """A put for the control thread."""
         if self._gpu.concerns(slices, stream):
-            return self._gpu.put(keys, slices, seconds, durability, checksums, stream)
+            return self._gpu.put(keys, slices, seconds, durability, checksums, stream)()
         return self._requests.put(keys, slices, seconds, durability, checksums)
 
     def submit_stage(self, keys: Any, *, timeout: float | None = None, tag: object = None) -> Ticket:

@@ -10,6 +10,8 @@ import numpy as np
 from .buffers import HOST, READ_ONLY, Buffer, Rung
 from .control import Control
 from .gpu import Gpu
+from .gpudirect import driver
+from .gpudirect.arrays import of_pointer
 from .gpudirect.buffers import Memory, resolve
 from .gpudirect.staging import Way
 from .rdma.errors import LocalError
@@ -60,8 +62,8 @@ class Registry:
         """See :meth:`memkv.Peer.register`."""
         if self._control.closed:
             raise LocalError("the peer is closed")
-        found = _on_device(buffer)
-        return self._register_host(resolve(buffer)) if found is None else self._register_device(*found)
+        memory, device = _locate(buffer)
+        return self._register_host(memory) if device == "cpu" else self._register_device(memory, device)
 
     def _register_host(self, memory: Memory) -> Buffer:
         into = None
@@ -134,14 +136,17 @@ class Registry:
             self.unregister(handle)
 
 
-def _on_device(buffer: Any) -> tuple[Memory, str] | None:
-    """The memory behind something that is on a GPU, and which; None for host memory.
-
-    :raises LocalError: it is on a GPU, but not one contiguous span.
-    """
-    if isinstance(buffer, tuple) and len(buffer) == 3 and isinstance(buffer[2], str):
-        address, nbytes, device = buffer
-        if not all(isinstance(x, int) and x > 0 for x in (address, nbytes)):
-            raise LocalError("raw GPU memory is (pointer, size in bytes, device), both positive")
-        return Memory(address, nbytes, True, None), device
-    return None
+def _locate(buffer: Any) -> tuple[Memory, str]:
+    """The memory behind what an application hands over, and the device that it is on."""
+    if not isinstance(buffer, tuple) or len(buffer) != 3:
+        memory = resolve(buffer)
+        return memory, "cpu" if memory.device is None else f"cuda:{memory.device}"
+    address, nbytes, device = buffer
+    if not all(isinstance(x, int) and x > 0 for x in (address, nbytes)) or not isinstance(device, str):
+        raise LocalError('raw GPU memory is (pointer, size in bytes, "cuda:0"), both positive')
+    memory = (
+        of_pointer(address, nbytes, True, None) if driver.in_use() else Memory(address, nbytes, True, None)
+    )
+    if memory.device is not None and device != f"cuda:{memory.device}":
+        raise LocalError(f"{address:#x} is memory of cuda:{memory.device}, not {device}")
+    return memory, device

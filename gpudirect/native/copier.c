@@ -287,7 +287,7 @@ void mkv_lane_stats(struct mkv_lane *lane, struct mkv_lane_stats *out) {
     out->last_error = __atomic_load_n(&lane->stats.last_error, __ATOMIC_RELAXED);
 }
 
-void mkv_lane_free(struct mkv_lane *lane) {
+void mkv_lane_free(struct mkv_lane *lane, struct mkv_lane_stats *final) {
     if (!lane)
         return;
     pthread_mutex_lock(&lane->lock);
@@ -295,6 +295,8 @@ void mkv_lane_free(struct mkv_lane *lane) {
     pthread_cond_signal(&lane->wake);
     pthread_mutex_unlock(&lane->lock);
     pthread_join(lane->thread, 0);
+    if (final)
+        mkv_lane_stats(lane, final);
     release(lane);
 }
 

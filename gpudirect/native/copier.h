@@ -74,8 +74,9 @@ void mkv_lane_submit(struct mkv_lane *lane, struct mkv_transfer *transfer);
 /* Collects up to max transfers that are done, in the order of their ends. */
 uint32_t mkv_lane_reap(struct mkv_lane *lane, struct mkv_transfer **out, uint32_t max);
 void mkv_lane_stats(struct mkv_lane *lane, struct mkv_lane_stats *out);
-/* Waits for what has been issued; what has not been is done with MKV_COPY_CLOSED. Reap before this. */
-void mkv_lane_free(struct mkv_lane *lane);
+/* Waits for what has been issued; what has not been is done with MKV_COPY_CLOSED. Reap before this. `final`
+ * receives the last of its counters; it may be NULL. */
+void mkv_lane_free(struct mkv_lane *lane, struct mkv_lane_stats *final);
 
 /* The functions of a libcuda, which must be loaded already; `into_device` chooses the copy. 0; -ENOENT: no
  * such library, or it lacks one of them. */
