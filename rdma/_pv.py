@@ -44,6 +44,8 @@ def _load() -> tuple[SimpleNamespace | None, str]:
         }.items():
             loaded = importlib.import_module(module)
             names.update({name: getattr(loaded, name) for name in wanted})
+        # From 60 on: registration of a dma-buf under addresses of our choice.
+        names["MREx"] = getattr(importlib.import_module("pyverbs.mr"), "MREx", None)
         try:
             flat = importlib.import_module("pyverbs.enums")
             names.update({name: getattr(flat, name) for name in _ENUMS})

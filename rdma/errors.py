@@ -30,5 +30,11 @@ class DeviceError(MemKVError, OSError):
         self.errno = errno
 
 
+class NotRegistered(DeviceError):
+    """Memory that is not the CPU's could not be registered that way: take the next rung. ``errno`` says why:
+    EOPNOTSUPP, EPROTONOSUPPORT: kernel, driver or fabric cannot; EFAULT: no module maps GPU addresses.
+    """
+
+
 class DeadlineError(MemKVError, TimeoutError):
     """A call as a whole ran out of time (a single block's lateness is the status TIMEOUT)."""

@@ -16,12 +16,13 @@ only, so they are the same whatever the fabric and however many rails.
 
 from __future__ import annotations
 
+import errno
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import LocalError
+from .errors import LocalError, NotRegistered
 from .native._rdma import ffi, lib
 
 LOCAL_WRITE = 1
@@ -30,6 +31,8 @@ MAX_RAILS = 4
 TABLE_CAPACITY = 1 << 21
 
 Role = Literal["read", "serve"]
+# The fabric's own handles, one (iova, lkey, rkey) per rail, and the secret.
+Registered = tuple[list[Any], list[tuple[int, int, int]], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,9 @@ class RemoteTable(_Table):
 
 @dataclass(slots=True)
 class Region:
-    """Registered memory of ours. ``owner`` keeps the memory alive; :meth:`close` withdraws it."""
+    """Registered memory of ours. ``owner`` keeps the memory alive; :meth:`close` withdraws it. ``address`` is
+    the memory's own: what each rail calls it is in ``desc``.
+    """
 
     domain: Domain
     id: int
@@ -169,10 +174,45 @@ class Domain(ABC):
         if length <= 0 or address <= 0:
             raise LocalError("an empty buffer cannot be registered")
         access = REMOTE_READ if remote_read else LOCAL_WRITE
+        return self._enter(self._register(address, length, access), address, length, access, owner, region_id)
+
+    def register_device(
+        self,
+        address: int,
+        length: int,
+        *,
+        dma_buf: tuple[int, int] | None,
+        remote_read: bool = False,
+        owner: object = None,
+        region_id: int | None = None,
+    ) -> Region:
+        """Registers memory that the CPU does not reach: a GPU's.
+
+        :param dma_buf: (file descriptor, where in it ``address`` lies); the descriptor may be closed
+            afterwards. None: by its address, for which the kernel needs a module of the GPU's maker.
+        :raises NotRegistered: it cannot be done this way; ``errno`` and the message say why.
+        """
+        if length <= 0 or address <= 0:
+            raise LocalError("an empty buffer cannot be registered")
+        access = REMOTE_READ if remote_read else LOCAL_WRITE
+        made = self._register_device(address, length, access, dma_buf)
+        return self._enter(made, address, length, access, owner, region_id, base=0)
+
+    def _enter(
+        self,
+        made: Registered,
+        address: int,
+        length: int,
+        access: int,
+        owner: object,
+        region_id: int | None,
+        base: int | None = None,
+    ) -> Region:
+        """:param base: where C may look at the bytes; 0: nowhere. By default ``address``."""
+        handles, keys, secret = made
         if region_id is None:
             region_id = self.reserve_id()
-        handles, keys, secret = self._register(address, length, access)
-        self.table.set(region_id, length, access, address, secret, keys)
+        self.table.set(region_id, length, access, address if base is None else base, secret, keys)
         rails = tuple((iova, rkey) for iova, _, rkey in keys)
         desc = RegionDesc(region_id, length, access, secret, rails)
         region = Region(self, region_id, address, length, access, desc, owner, handles)
@@ -185,10 +225,13 @@ class Domain(ABC):
         self.regions.pop(region.id, None)
 
     @abstractmethod
-    def _register(
-        self, address: int, length: int, access: int
-    ) -> tuple[list[Any], list[tuple[int, int, int]], int]:
-        """Handles, one (iova, lkey, rkey) per rail, and the secret."""
+    def _register(self, address: int, length: int, access: int) -> Registered: ...
+
+    def _register_device(
+        self, address: int, length: int, access: int, dma_buf: tuple[int, int] | None
+    ) -> Registered:
+        name = self.fabric.name
+        raise NotRegistered(f"the {name} fabric reaches host memory only", errno.EOPNOTSUPP, "--fabric verbs")
 
     @abstractmethod
     def _unregister(self, region: Region) -> None: ...

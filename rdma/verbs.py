@@ -11,11 +11,22 @@ import ipaddress
 import secrets
 from typing import Any
 
-from . import devices
+from . import devices, dmabuf
 from ._ptr import qp_pointer
 from ._pv import HINT, missing, pv
 from .errors import DeviceError, LocalError
-from .fabric import REMOTE_READ, Domain, Endpoint, Fabric, Offer, RailEnd, Region, RemoteTable, Role
+from .fabric import (
+    REMOTE_READ,
+    Domain,
+    Endpoint,
+    Fabric,
+    Offer,
+    RailEnd,
+    Region,
+    Registered,
+    RemoteTable,
+    Role,
+)
 from .native._rdma import ffi, lib
 
 MEMLOCK_HINT = "memlock is too low: ulimit -l unlimited, LimitMEMLOCK=infinity in the unit, or CAP_IPC_LOCK"
@@ -31,6 +42,10 @@ def _ack_timeout(grace_ns: int) -> int:
     while t < 18 and 8 * 4096 * 2 ** (t + 1) <= grace_ns // 2:
         t += 1
     return t
+
+
+def _flags(access: int) -> int:
+    return int(pv().IBV_ACCESS_REMOTE_READ if access & REMOTE_READ else pv().IBV_ACCESS_LOCAL_WRITE)
 
 
 class VerbsFabric(Fabric):
@@ -90,13 +105,10 @@ class VerbsDomain(Domain):
         self.pds = [pv().PD(ctx) for ctx in fabric.contexts]
         self.endpoints: set[VerbsEndpoint] = set()
 
-    def _register(
-        self, address: int, length: int, access: int
-    ) -> tuple[list[Any], list[tuple[int, int, int]], int]:
-        flags = int(pv().IBV_ACCESS_REMOTE_READ if access & REMOTE_READ else pv().IBV_ACCESS_LOCAL_WRITE)
+    def _register(self, address: int, length: int, access: int) -> Registered:
         mrs: list[Any] = []
         try:
-            mrs.extend(pv().MR(pd, length, flags, address=address) for pd in self.pds)
+            mrs.extend(pv().MR(pd, length, _flags(access), address=address) for pd in self.pds)
         except pv().PyverbsRDMAError as exc:
             for mr in mrs:
                 mr.close()
@@ -104,6 +116,26 @@ class VerbsDomain(Domain):
             hint = MEMLOCK_HINT if code in (12, 11) else "is the whole range mapped and readable?"
             raise DeviceError(f"registering {length} bytes failed: {exc}", code, hint) from None
         return mrs, [(address, mr.lkey, mr.rkey) for mr in mrs], 0
+
+    def _register_device(
+        self, address: int, length: int, access: int, dma_buf: tuple[int, int] | None
+    ) -> Registered:
+        mrs: list[Any] = []
+        keys: list[tuple[int, int, int]] = []
+        try:
+            for pd in self.pds:
+                if dma_buf is None:
+                    mr, iova = pv().MR(pd, length, _flags(access), address=address), address
+                else:
+                    mr, iova = dmabuf.register(pd, dma_buf, length, address, _flags(access))
+                mrs.append(mr)
+                keys.append((iova, mr.lkey, mr.rkey))
+        except pv().PyverbsRDMAError as exc:
+            for mr in mrs:
+                mr.close()
+            rail = self.verbs.rails[len(mrs)].device.name
+            raise dmabuf.refused(exc.error_code, length, rail, by_address=dma_buf is None) from None
+        return mrs, keys, 0
 
     def _unregister(self, region: Region) -> None:
         for mr in region.handles:
