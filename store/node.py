@@ -301,7 +301,7 @@ class Node:
         if self._server is None:
             return False, "not started"
         if self.flash and (out := self.flash.degraded()):
-            return True, f"serving, degraded: flash is out: {out}"
+            return True, f"serving, degraded: flash: {out}"
         return True, "serving"
 
     def _memory(self) -> dict[str, int | str]:

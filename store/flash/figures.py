@@ -32,6 +32,8 @@ COUNTERS = {
     "scanned": "Headers that the scan has looked at",
     "recovered": "Blocks found again at the start",
     "lost_memory_acks": "Blocks lost that were in memory only",
+    "segments_lost": "Segments whose assignment could not be taken up at the start",
+    "segments_exchanged": "Segments that one size class or namespace has given to another",
 }
 DEVICE_GAUGES = ("bytes", "segments", "segments_free", "extents", "extents_free", "live_bytes")
 DEVICE_COUNTERS = ("read_errors", "write_errors", "corrupt")

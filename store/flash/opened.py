@@ -40,6 +40,19 @@ class OpenDevice:
         return int(max(0, min(self.super.segments, whole)))
 
     @property
+    def shortened(self) -> str:
+        """What is missing of a device that has become smaller since it was formatted; empty if nothing is."""
+        if self.usable >= self.super.segments:
+            return ""
+        lost = self.super.segments - self.usable
+        return f"it ends at {self.device.nbytes} of {self.super.size} bytes: {lost} segments are out of use"
+
+    @property
+    def trouble(self) -> str:
+        """Why it, or a part of it, is out of use; empty if all is well."""
+        return self.failed or self.shortened
+
+    @property
     def free(self) -> int:
         """Segments that nobody has."""
         return 0 if self.failed else max(0, self.usable - len(self.segments))

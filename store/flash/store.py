@@ -69,6 +69,7 @@ class FlashStore:
         self._names_generation = 0
         self._boot = 0
         self._unrecorded = False  # a loss that the other devices do not know of
+        self.segments_lost = 0  # of assignments that could not be taken up
         self._lock = threading.RLock()
         self._opened: list[Device] = []
         self.flash: Any = ffi.NULL
@@ -240,10 +241,22 @@ class FlashStore:
         """
         gone = [n for n, s in d.segments.items() if n >= d.usable or s.namespace not in self.names]
         if gone:
-            log.error("flash %s: %d segments are lost", d.device.path, len(gone))
+            why = d.shortened or "their namespace is not known"
+            log.error("flash %s: %d segments are lost: %s", d.device.path, len(gone), why)
             for number in gone:
                 del d.segments[number]
+            self.segments_lost += len(gone)
             self._write(d, d.super.segments_at, pack_table(d.super, d.segments))
+
+    def forget(self, d: OpenDevice, segment: f.Segment, why: str) -> None:
+        """Frees a segment that its namespace cannot take up, for the same reason: what is deleted from now on
+        could be found in it later. A device on which that cannot be written down is out.
+        """
+        log.error("flash %s: segment %d is lost: %s", d.device.path, segment.number, why)
+        with self._lock:
+            self.segments_lost += 1
+            if self._write_segment(d, segment.number, None):
+                del d.segments[segment.number]
 
     def _begin_one(self, device: Device, block: f.Superblock, was_there: bool) -> None:
         segments: dict[int, f.Segment] = {}
@@ -481,6 +494,7 @@ class FlashStore:
             lib.mkv_flash_device_stats(self.flash, d.io, stats)
             out[str(d.device.path)] = {
                 "failed": d.failed or ("I/O errors" if stats.failed else ""),
+                "shortened": d.shortened,
                 "direct": d.device.direct,
                 "reason": d.device.reason,
                 "bytes": d.super.size,
@@ -498,6 +512,6 @@ class FlashStore:
         return out | {path: {"failed": why} for path, why in self.unusable.items()}
 
     def degraded(self) -> str:
-        """Which devices are out, and why; empty if none is."""
-        out = [f"{d.device.path}: {d.failed}" for d in self.devices if d.failed]
+        """Which devices are out, or have become smaller, and why; empty if none is."""
+        out = [f"{d.device.path}: {d.trouble}" for d in self.devices if d.trouble]
         return "; ".join(out + [f"{path}: {why}" for path, why in self.unusable.items()])

@@ -5,6 +5,7 @@ Everything here may block (a segment is written down before it is used), so it i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from typing import Any
@@ -76,7 +77,8 @@ class Tenant:
         imported = np.zeros(0, f.RECORD) if scan else self.store.records_of(self.name.id)
         for d, segment in self._segments():
             how = 1 if scan or d.records is None else 2
-            self._add(d, segment, how)
+            if not d.failed:
+                self._take_up(d, segment, how)
         if scan:
             return
         records = ffi.from_buffer("struct mkv_flash_record[]", imported) if len(imported) else ffi.NULL
@@ -89,8 +91,15 @@ class Tenant:
         if len(imported):
             log.info("namespace %s: %d blocks from snapshots", self.name.name, self.stats()["flash_blocks"])
 
-    def _add(self, d: OpenDevice, segment: f.Segment, scan: int) -> None:
+    def _take_up(self, d: OpenDevice, segment: f.Segment, scan: int) -> None:
         handle = int(lib.mkv_ns_segment_add(self._ns, d.span(segment), scan))
+        if handle == -errno.EINVAL:  # written by another version, perhaps: nobody can say what lies there
+            why = f"namespace {self.name.name} has no blocks of up to {segment.payload} bytes"
+            self.store.forget(d, segment, why)
+        elif handle != -errno.EIO:  # a device that has failed since is out, with all that is on it
+            self._check(d, segment, handle)
+
+    def _check(self, d: OpenDevice, segment: f.Segment, handle: int) -> None:
         if handle < 0:
             where = f"segment {segment.number} of {d.device.path}"
             raise MemoryError(f"namespace {self.name.name}: {where} cannot be used: {os.strerror(-handle)}")
@@ -118,7 +127,7 @@ class Tenant:
 
     def add(self, d: OpenDevice, segment: f.Segment) -> None:
         """A new segment of its own. :raises MemoryError: it cannot be used."""
-        self._add(d, segment, 0)
+        self._check(d, segment, int(lib.mkv_ns_segment_add(self._ns, d.span(segment), 0)))
 
     def promise(self, payload: int) -> None:
         """One is on its way for this size class: its blocks wait."""

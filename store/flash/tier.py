@@ -215,7 +215,7 @@ class FlashTier:
     # --- what it tells ---
 
     def degraded(self) -> str:
-        """Which devices are out at this moment, and why; empty if none is."""
+        """Which devices are out, or smaller than they were, at this moment; empty if all is well."""
         self._look_at_devices()
         return self.store.degraded()
 
@@ -231,6 +231,8 @@ class FlashTier:
             "degraded": self.degraded(),
             "scan_left": self.scanning,
             "stages": self.staging.under_way,
+            "segments_lost": self.store.segments_lost,
+            "segments_exchanged": self.store.sharing.exchanged,
             **self.store.stats(),
         }
 

@@ -26,6 +26,7 @@ int mkv_fill_begin(struct mkv_ns *ns, const uint8_t key[16], uint32_t length, st
     if (mkv_ns_where(ns, key, &held)) {
         mkv_place_touch(ns, &held);
         ns->n.duplicates++;
+        *out = (struct mkv_fill){.doubtful = (uint32_t)mkv_place_doubtful(&held)};
         pthread_mutex_unlock(&ns->lock);
         return MKV_EXISTS;
     }

@@ -137,6 +137,10 @@ struct mkv_ns_flash_stats {
 };
 void mkv_ns_flash_stats(struct mkv_ns *ns, struct mkv_ns_flash_stats *out);
 
+/* Whether a block that exists is more than the header that a scan found: MKV_DONE; MKV_PENDING: it is being
+ * read, begun by this call if there was an extent for it; MKV_MISS: it was torn, and is no more (or was
+ * deleted). */
+int mkv_ns_verified(struct mkv_ns *ns, const uint8_t key[16]);
 /* Whether a block that mkv_fill_publish stored (or found) is on stable media: MKV_DONE; MKV_PENDING: it is on
  * its way, and was demanded by this call; MKV_ERROR_DEVICE: it could not be written; MKV_MISS: deleted
  * meanwhile, or found by a scan and now found to be torn: who has the payload puts it again. */

@@ -7,9 +7,9 @@
  *
  * When a class has no cell left and has been told that there is no segment for it now, it evicts by SIEVE, as
  * sieve.c does in DRAM, but not before the scan is over: until then most cells only seem to be taken. Pinned
- * blocks are in no queue, and those whose extent is pinned or being read into are passed over. What goes from
- * flash goes from DRAM too. No grace period is needed on flash itself: peers never see it, and a cell whose
- * image is being read is not evicted.
+ * blocks are in no queue, and those whose extent is pinned or being read into are passed over, as are those
+ * that a durable put still waits for. What goes from flash goes from DRAM too. No grace period is needed on
+ * flash itself: peers never see it, and a cell whose image is being read is not evicted.
  */
 #include "flash_ns.h"
 #include "list.h"
@@ -17,8 +17,10 @@
 #include "arena.h"
 #include "clock.h"
 
-#define ASK_BELOW 32u   /* cells free: time for a further segment */
-#define HAND_MAX  4096u /* steps in one go: the lock is held meanwhile */
+#define ASK_BELOW    32u   /* cells free: time for a further segment */
+#define HAND_MAX     4096u /* steps in one go: the lock is held meanwhile */
+#define DEMAND_MASK  0x7fu /* of the epoch that a demanded cell remembers, beside a bit that is always set */
+#define DEMAND_TICKS 2u
 
 /* --- lists of cells --- */
 
@@ -130,7 +132,7 @@ void mkv_cell_hold(struct mkv_ns *ns, struct mkv_cell *cell) {
     cell->state = MKV_CELL_HELD;
     cell->visited = 0;
     cell->pins = 0;
-    cell->bad = 0;
+    cell->bad = cell->demanded = 0;
     cell->doubtful = 0;
     mkv_seg_of(ns, cell)->live_bytes += cell->length;
     nf->n.blocks++;
@@ -218,20 +220,30 @@ void mkv_cell_pins_expire(struct mkv_ns *ns, uint64_t max, uint64_t now) {
 
 /* --- eviction --- */
 
-int mkv_cell_evictable(const struct mkv_cell *cell) {
-    return !cell->dram || (!cell->dram->pins && !cell->dram->op);
+int mkv_cell_evictable(struct mkv_ns *ns, struct mkv_cell *cell) {
+    if (cell->dram && (cell->dram->pins || cell->dram->op))
+        return 0;
+    if (!cell->demanded)
+        return 1;
+    if (!mkv_flush_over(ns->flash->f, mkv_seg_of(ns, cell)->is.device, cell->covered))
+        return 0;
+    return ((ns->epoch - cell->demanded) & DEMAND_MASK) > DEMAND_TICKS;
+}
+
+void mkv_cell_demand(struct mkv_ns *ns, struct mkv_cell *cell) {
+    cell->demanded = (uint8_t)(ns->epoch & DEMAND_MASK) | (DEMAND_MASK + 1);
 }
 
 /* Still in the queue. A hand that has gone HAND_MAX steps takes what it stands on, if that can be had. */
-static struct mkv_cell *victim(struct mkv_flash_class *c) {
+static struct mkv_cell *victim(struct mkv_ns *ns, struct mkv_flash_class *c) {
     struct mkv_cell *cell = c->hand ? c->hand : c->queue.tail;
     uint64_t steps = 2 * c->queue.count < HAND_MAX ? 2 * c->queue.count : HAND_MAX;
-    for (uint64_t i = 0; cell && i < steps && (cell->visited || !mkv_cell_evictable(cell)); i++) {
+    for (uint64_t i = 0; cell && i < steps && (cell->visited || !mkv_cell_evictable(ns, cell)); i++) {
         cell->visited = 0;
         cell = cell->prev ? cell->prev : c->queue.tail;
     }
     c->hand = cell;
-    return cell && mkv_cell_evictable(cell) ? cell : NULL;
+    return cell && mkv_cell_evictable(ns, cell) ? cell : NULL;
 }
 
 /* Lest what waits to be written wait for ever: the images that are kept for it may have all of the room. */
@@ -257,7 +269,7 @@ void mkv_cell_evict(struct mkv_ns *ns, struct mkv_cell *cell) {
 }
 
 static void evict_one(struct mkv_ns *ns, struct mkv_flash_class *c) {
-    struct mkv_cell *cell = victim(c);
+    struct mkv_cell *cell = victim(ns, c);
     if (cell)
         mkv_cell_evict(ns, cell);
     else

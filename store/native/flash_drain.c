@@ -57,7 +57,7 @@ void mkv_drain_pump(struct mkv_ns *ns) {
     uint32_t dead = 0;
     for (uint32_t k = 0; k < s->count; k++) {
         struct mkv_cell *cell = &s->cell[k];
-        if (cell->state == MKV_CELL_HELD && !cell->pins && mkv_cell_evictable(cell))
+        if (cell->state == MKV_CELL_HELD && !cell->pins && mkv_cell_evictable(ns, cell))
             mkv_cell_evict(ns, cell);
         if (cell->state == MKV_CELL_KEPT) {
             mkv_kept_take(ns, cell);

@@ -65,10 +65,12 @@ struct mkv_cell { /* 88 B: what the node knows of one extent on flash */
     uint32_t segment; /* handle */
     uint32_t pins;    /* of blocks that were in flash only when they were pinned */
     uint8_t state;
-    uint8_t visited;
-    uint8_t bad;      /* DOOMED, ZEROING: DEAD afterwards */
-    uint8_t doubtful; /* HELD: only its header was looked at, the payload may be torn; then dram is NULL or
-                         STAGING */
+    uint8_t visited : 1;
+    uint8_t bad : 1;      /* DOOMED, ZEROING: DEAD afterwards */
+    uint8_t doubtful : 1; /* HELD: only its header was looked at, the payload may be torn; then dram is NULL
+                             or STAGING */
+    uint8_t demanded; /* HELD: somebody waits for it to be durable. Not 0: since when, see mkv_cell_demand */
+    uint8_t spare;
 };
 
 struct mkv_cells {
@@ -135,9 +137,10 @@ struct mkv_op {
     uint32_t uses; /* a stage: requests that it serves */
     uint16_t number;
     uint8_t kind;
-    uint8_t dropped; /* a write: the block was deleted meanwhile. A stage: why it is in vain, a status */
-    uint8_t publish; /* a stage: for a prefetch */
-    uint8_t again;   /* a stage: its waiters try again */
+    uint8_t dropped;  /* a write: the block was deleted meanwhile. A stage: why it is in vain, a status */
+    uint8_t demanded; /* a write: of a block that somebody wants durable */
+    uint8_t publish;  /* a stage: for a prefetch */
+    uint8_t again;    /* a stage: its waiters try again */
 };
 
 #define MKV_PAGE 4096u
@@ -297,7 +300,11 @@ void mkv_kept_take(struct mkv_ns *ns, struct mkv_cell *cell); /* KEPT -> in no l
 /* Dooms up to so many STALE cells of each class and device. */
 void mkv_doom_stale(struct mkv_ns *ns, uint64_t max_each);
 
-int mkv_cell_evictable(const struct mkv_cell *cell);
+/* Somebody waits for it to be durable, and will look again in a moment: it is not evicted before he has seen
+ * that it is, unless he does not look for two ticks. */
+void mkv_cell_demand(struct mkv_ns *ns, struct mkv_cell *cell);
+/* Whether it may go now. What is demanded has a flush under way afterwards, if it needs one. */
+int mkv_cell_evictable(struct mkv_ns *ns, struct mkv_cell *cell);
 void mkv_cell_evict(struct mkv_ns *ns, struct mkv_cell *cell);    /* HELD -> STALE, and gone from DRAM */
 void mkv_cell_take_out(struct mkv_ns *ns, struct mkv_cell *cell); /* FREE, STALE -> in no list */
 

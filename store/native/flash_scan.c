@@ -3,7 +3,9 @@
  * The header page of every cell of a segment is read, at the depth that the pool of ops allows and from
  * segment to segment in turn, so that all devices are busy. A header is believed if all of this holds:
  *
- *   magic, version, keyed check   else it is torn, flipped, or of another store, whose secret is another one
+ *   magic, version                else it is no header, or damaged if the rest of it is ours
+ *   keyed check                   else it is damaged; or foreign, if it does not name this device: of another
+ *                                 store, or of this device before it was formatted, with another secret
  *   slab epoch, namespace         else it is of an earlier assignment of this span, or planted: a copy of a
  *                                 true header, in a payload; but nobody has one with an epoch of the future
  *   device, offset                else it was meant for another place
@@ -82,13 +84,14 @@ static enum verdict judge(struct mkv_ns *ns, const struct mkv_cell *cell, const 
     struct mkv_ns_flash *nf = ns->flash;
     const struct mkv_seg *s = mkv_seg_of(ns, cell);
     int ours = cold->slab_epoch == s->is.epoch && cold->namespace_id == ns->id;
+    int here = cold->device == nf->f->drive[s->is.device].identity;
     if (cold->magic != MKV_COLD_MAGIC || cold->version != MKV_LAYOUT_VERSION)
         return ours ? TORN : EMPTY; /* a payload of earlier days may be here: nothing is wrong with that */
     if (cold->check != mkv_cold_check(cold, nf->f->secret))
-        return TORN;
+        return here ? TORN : FOREIGN;
     if (!ours || cold->incarnation != nf->incarnation)
         return FOREIGN;
-    if (cold->device != nf->f->drive[s->is.device].identity || cold->offset != mkv_cell_offset(ns, cell))
+    if (!here || cold->offset != mkv_cell_offset(ns, cell))
         return MISPLACED;
     return cold->length && cold->length <= s->is.payload ? GOOD : TORN;
 }

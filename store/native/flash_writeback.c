@@ -114,6 +114,8 @@ static void succeeded(struct mkv_ns *ns, struct mkv_op *op) {
     }
     mkv_cell_hold(ns, cell);
     cell->visited = op->e->visited;
+    if (op->demanded)
+        mkv_cell_demand(ns, cell);
     cell->covered = mkv_flush_next(f, op->io.device);
     settle(ns, op->e);
 }
@@ -192,6 +194,7 @@ static struct mkv_op *start(struct mkv_ns *ns, struct mkv_flash_class *c, struct
     cell->sequence = mkv_flash_sequence(op->f);
     cell->dram = e;
     unlist(ns, e);
+    op->demanded = e->write != MKV_DIRTY;
     e->write = MKV_BEING_WRITTEN;
     e->cell = cell;
     op->e = e;
@@ -280,6 +283,8 @@ static int durable(struct mkv_ns *ns, const struct mkv_place *p) {
     if (e && e->write != MKV_CLEAN) {
         mkv_flash_hasten(ns, e);
         mkv_write_pump(ns);
+        if (e->write == MKV_BEING_WRITTEN)
+            ns->flash->f->op[e->op - 1].demanded = 1;
         return MKV_PENDING;
     }
     if (!p->cell)
@@ -289,9 +294,28 @@ static int durable(struct mkv_ns *ns, const struct mkv_place *p) {
         return MKV_PENDING;
     }
     uint32_t device = mkv_seg_of(ns, p->cell)->is.device;
-    if (mkv_flush_over(ns->flash->f, device, p->cell->covered))
-        return MKV_DONE;
-    return MKV_PENDING;
+    if (!mkv_flush_over(ns->flash->f, device, p->cell->covered)) {
+        mkv_cell_demand(ns, p->cell);
+        return MKV_PENDING;
+    }
+    p->cell->demanded = 0;
+    return MKV_DONE;
+}
+
+int mkv_ns_verified(struct mkv_ns *ns, const uint8_t key[16]) {
+    struct mkv_place p;
+    pthread_mutex_lock(&ns->lock);
+    int rc = mkv_ns_where(ns, key, &p) ? MKV_DONE : MKV_MISS;
+    if (rc == MKV_DONE && mkv_place_doubtful(&p)) {
+        mkv_stage_verify(ns, p.cell);
+        rc = MKV_PENDING;
+    }
+    pthread_mutex_unlock(&ns->lock);
+    return rc;
+}
+
+int mkv_place_doubtful(const struct mkv_place *p) {
+    return p->cell && p->cell->state == MKV_CELL_HELD && p->cell->doubtful;
 }
 
 int mkv_ns_durable(struct mkv_ns *ns, const uint8_t key[16]) {

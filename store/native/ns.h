@@ -238,6 +238,7 @@ void mkv_flash_ticked(struct mkv_ns *ns);                     /* afterwards; wan
 void mkv_flash_room(struct mkv_ns *ns);                       /* extents have come free */
 int mkv_flash_wants(const struct mkv_ns *ns);                 /* a segment */
 int mkv_flash_full(const struct mkv_ns *ns, uint64_t length); /* too much is dirty */
+int mkv_place_doubtful(const struct mkv_place *p);            /* found by a scan, and not verified since */
 void mkv_flash_published(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_flash_hasten(struct mkv_ns *ns, struct mkv_extent *e); /* a dirty one */
 void mkv_flash_left(struct mkv_ns *ns,

@@ -8,7 +8,8 @@
  *                       └ failed, differs: abandoned ─► FREE
  *
  * In a durable job what is published, and what exists already, goes on to FLUSHING, where its block is looked
- * after until it is on stable media. Such a place holds no extent any more. If what existed turns out to be
+ * after until it is on stable media. Such a place holds no extent any more. In any job the same is done with
+ * what exists as a header that a scan found, until its payload is verified. If what existed turns out to be
  * torn by a crash, or was deleted, the place goes to AGAIN, and once through all of this: its source is still
  * there.
  *
@@ -105,11 +106,16 @@ static void begin_again(struct mkv_putjob *pj, struct place *p) {
     pj->again++;
 }
 
-/* The block is in the arena: the put is over, or waits for flash as well. */
+/* Whether what was promised holds of a block with this status (mkv_ns_durable, mkv_ns_verified). */
+static int holds(const struct mkv_putjob *pj, const struct place *p, int status) {
+    if (pj->durable && (status == MKV_STORED || status == MKV_EXISTS))
+        return mkv_ns_durable(pj->ns, key_of(pj, p->index));
+    return status == MKV_EXISTS ? mkv_ns_verified(pj->ns, key_of(pj, p->index)) : MKV_DONE;
+}
+
+/* The block is in the arena, or exists: the put is over, or waits for flash as well. */
 static void settle(struct mkv_putjob *pj, struct place *p, int status) {
-    int s = pj->durable && (status == MKV_STORED || status == MKV_EXISTS)
-                ? mkv_ns_durable(pj->ns, key_of(pj, p->index))
-                : MKV_DONE;
+    int s = holds(pj, p, status);
     if (gone(p, status, s)) {
         begin_again(pj, p);
         return;
@@ -130,7 +136,7 @@ static int settle_some(struct mkv_putjob *pj, uint64_t now) {
     pj->flush_ns = now + FLUSH_CHECK_NS;
     for (uint32_t k = 0; k < pj->window && pj->flushing; k++) {
         struct place *p = &pj->place[k];
-        int s = p->state == FLUSHING ? mkv_ns_durable(pj->ns, key_of(pj, p->index)) : MKV_PENDING;
+        int s = p->state == FLUSHING ? holds(pj, p, p->status) : MKV_PENDING;
         if (s == MKV_PENDING)
             continue;
         if (gone(p, p->status, s))
@@ -224,7 +230,7 @@ static int begin(struct mkv_putjob *pj, uint64_t now) {
     if (s == MKV_ERROR_FULL)
         return 0;
     pj->begun++;
-    if (s != MKV_PENDING && !(s == MKV_EXISTS && pj->durable)) {
+    if (s != MKV_PENDING && !(s == MKV_EXISTS && (pj->durable || fill.doubtful))) {
         pj->status[i] = (uint8_t)s;
         return 1;
     }

@@ -91,6 +91,8 @@ struct mkv_fill {
     uint64_t address;
     uint32_t extent; /* the namespace's own handle */
     uint32_t length;
+    uint32_t doubtful; /* MKV_EXISTS: on flash, where a scan found it; it may be torn (mkv_ns_verified) */
+    uint32_t spare;
 };
 /* MKV_PENDING: an extent is set aside (one more eviction may have been started); MKV_EXISTS: the key is held
  * already (and counts as touched); MKV_ERROR_FULL: no extent is free *now* (ask again after a tick);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
 import urllib.request
@@ -559,6 +560,54 @@ def test_no_device_at_all_is_an_error_and_one_of_two_is_not(
     assert why.startswith("serving, degraded")
     assert "nowhere" in why
     assert Filler(connect(node)).put(range(4), durability="flash") == [STORED] * 4
+
+
+def test_a_device_that_fails_shows_at_once(start: Start) -> None:
+    node = start()
+    store = store_of(node)
+    assert node.call(node.node.health) == (True, "serving")
+    lib.mkv_flash_device_fail(store.flash, store.devices[0].io)
+    good, why = node.call(node.node.health)
+    assert good
+    assert why.startswith("serving, degraded: flash: ")
+    assert why.endswith("I/O errors")
+
+
+def test_a_device_cut_down_to_its_tables_shows_in_health(start: Start, connect: Connect, path: Path) -> None:
+    node = start()
+    assert Filler(connect(node)).put(range(4), durability="flash") == [STORED] * 4
+    tables = store_of(node).devices[0].super.data_at
+    node.stop()
+    os.truncate(path, tables)
+    node = start()
+    good, why = node.node.health()
+    assert good
+    assert why.startswith("serving, degraded: flash: ")
+    assert "it ends at" in why
+    filler = Filler(connect(node))
+    assert filler.put(range(4)) == [STORED] * 4
+    assert filler.put(range(4, 5), durability="flash") == [ERROR_DEVICE]
+
+
+def test_a_segment_of_a_size_class_that_nobody_knows_is_lost_and_counted(
+    start: Start, connect: Connect
+) -> None:
+    node = start()
+    filler = Filler(connect(node))
+    assert filler.put(range(4), durability="flash") == [STORED] * 4
+    store = store_of(node)
+    taken = store.take_segment(filler.info.namespace, 12345)
+    assert taken is not None
+    filler.peer.close()
+    node.stop()
+    for turn in range(2):
+        node = start()
+        filler = Filler(connect(node))
+        assert filler.lookup(range(4)) == [HIT] * 4
+        assert filler.flash()["segments_lost"] == (turn == 0)
+        assert node.node.health() == (True, "serving")
+        filler.peer.close()
+        node.stop()
 
 
 # --- what it tells ----------------------------------------------------------------------------------------

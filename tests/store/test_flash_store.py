@@ -247,6 +247,21 @@ def test_a_newer_format_is_left_alone(a: Path, b: Path, open_store: Open, monkey
     assert a.read_bytes() == before
 
 
+def test_a_device_that_was_truncated_down_to_its_tables_is_not_all_well(a: Path, open_store: Open) -> None:
+    store = open_store(a)
+    store.remember(NAME)
+    store.take_segment(1, 65536)
+    tables = store.devices[0].super.data_at
+    store.close()
+    os.truncate(a, tables)
+    again = open_store(a)
+    assert "it ends at" in again.degraded()
+    assert "it ends at" in str(again.describe()[str(a)]["shortened"])
+    assert again.devices[0].free == 0
+    assert again.segments_lost == 1
+    assert again.take_segment(1, 65536) is None
+
+
 @pytest.mark.parametrize("copy", [0, 1])
 def test_a_damaged_namespace_table_falls_back(a: Path, b: Path, open_store: Open, copy: int) -> None:
     store = open_store(a, b)

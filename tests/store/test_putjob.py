@@ -236,7 +236,9 @@ def test_a_payload_whose_slab_is_retired_under_it_moves_on(room: Room) -> None:
     assert retired[0] == first
 
 
-def test_a_durable_put_brings_anew_what_a_crash_has_torn() -> None:
+@pytest.mark.parametrize("durable", [0, 1])
+def test_a_put_brings_anew_what_a_crash_has_torn(durable: int) -> None:
+    """EXISTS is said of what is more than the header that the scan found."""
     disks = Disks(1)
     space = FlashSpace(disks)
     space.serve()
@@ -262,10 +264,10 @@ def test_a_durable_put_brings_anew_what_a_crash_has_torn() -> None:
     pointers += [ffi.NULL, ffi.from_buffer("uint8_t[]", status)]
     job = lib.mkv_putjob_new(8)
     until = jobs.now_ns() + 10**10
-    lib.mkv_putjob_init(job, space.ns, ffi.cast("void *", channel.ch), *pointers, n, 1 << 20, until, 1)
+    lib.mkv_putjob_init(job, space.ns, ffi.cast("void *", channel.ch), *pointers, n, 1 << 20, until, durable)
     jobs.run([job])
     assert list(status) == [lib.MKV_EXISTS, lib.MKV_STORED, lib.MKV_EXISTS, lib.MKV_EXISTS]
-    assert [space.durable(key) for key in keys] == [lib.MKV_DONE] * n
+    assert [space.make_durable(key) for key in keys] == [lib.MKV_DONE] * n
     assert space.get(keys[1]) == PAYLOAD[:LENGTH]
     space.check()
     lib.mkv_putjob_free(job)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.asan
 class FlashRoom(Room):
     """A room over one device of 4 MiB."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, places: int = 61) -> None:
         super().__init__(2)
         file.write_bytes(bytes(4 << 20))
         self.io: Any = lib.mkv_flashio_new(16, 0)
@@ -30,7 +30,8 @@ class FlashRoom(Room):
         self.flash: Any = lib.mkv_flash_new(self.io, 7, 1, 1 << 30)
         assert lib.mkv_flash_device(self.flash, 0, 99) == 0
         assert lib.mkv_ns_flash_attach(self.ns, self.flash, 1) == 0
-        segment = ffi.new("struct mkv_segment *", {"bytes": 4 << 20, "epoch": 1, "payload": BLOCK})
+        segment = ffi.new("struct mkv_segment *", {"epoch": 1, "payload": BLOCK})
+        segment.bytes = places * (4096 + BLOCK)
         assert lib.mkv_ns_segment_add(self.ns, segment, 0) >= 0
         self.take_slab()
 
@@ -102,6 +103,16 @@ def test_a_durable_put_that_cannot_be_written_is_an_error_of_the_device(room: Fl
     jobs.run([room.job])
     assert set(status) == {lib.MKV_ERROR_DEVICE}
     assert room.stats().blocks == 3
+
+
+def test_a_durable_put_of_more_than_flash_holds_is_durable_block_by_block(tmp_path: Path) -> None:
+    """None of them makes room for the next before it has been on stable media itself."""
+    room = FlashRoom(tmp_path / "disk", places=3)
+    lib.mkv_ns_segment_denied(room.ns, BLOCK)
+    status = room.start(FakeChannel(room.memory), 40, 20, durable=1)
+    jobs.run([room.job])
+    assert set(status) == {lib.MKV_STORED}
+    room.close()
 
 
 def test_a_block_deleted_before_it_was_durable_is_not_acknowledged(room: FlashRoom) -> None:

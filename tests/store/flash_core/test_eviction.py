@@ -17,6 +17,7 @@ from ..flashes import (
     LENGTH,
     LIVE,
     MISS,
+    PENDING,
     STORED,
     FlashSpace,
     fill,
@@ -148,6 +149,25 @@ def test_a_segment_is_given_back_for_a_class_that_has_none(room: Room) -> None:
     assert 0 < len(held) <= before.extents // 2
     assert all(space.staged(key) == payload_of(key, 100) for key in held)
     assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == ENOENT  # each class has one now
+
+
+def test_a_class_that_was_promised_a_segment_waits_for_it(room: Room) -> None:
+    """And has no segment: what has some lives on that meanwhile."""
+    disks = room.disks(devices=1, segments=2)
+    space = room.start(disks, slabs=3)
+    fill(space, 60, length=100)  # takes the segment that there is for them
+    disks.free.clear()
+    large = key_of(1000)
+    assert space.put_patiently(large, payload_of(large, LENGTH)) == STORED
+    assert lib.mkv_ns_segment_wanted(space.ns) == LENGTH
+    lib.mkv_ns_segment_promised(space.ns, LENGTH)
+    space.tick()
+    assert lib.mkv_ns_segment_wanted(space.ns) == 0
+    assert space.durable(large) == PENDING
+    assert space.flash_stats().dirty == 1
+    lib.mkv_ns_segment_denied(space.ns, LENGTH)
+    assert space.durable(large) == DEVICE
+    assert space.tier().lost_memory_acks == 1
 
 
 def test_a_segment_is_given_back_only_when_nothing_in_it_is_pinned_or_on_its_way(room: Room) -> None:

@@ -113,6 +113,11 @@ def _other_secret(space: FlashSpace, record: Any, raw: bytearray) -> bytes:
     return seal(raw, SECRET + 1)
 
 
+def _other_store(space: FlashSpace, record: Any, raw: bytearray) -> bytes:
+    ffi.cast("struct mkv_cold *", ffi.from_buffer(raw)).device += 1
+    return seal(raw, SECRET + 1)
+
+
 def _other_incarnation(space: FlashSpace, record: Any, raw: bytearray) -> bytes:
     ffi.cast("struct mkv_cold *", ffi.from_buffer(raw)).incarnation = 4
     return seal(raw)
@@ -150,6 +155,7 @@ def _no_length(space: FlashSpace, record: Any, raw: bytearray) -> bytes:
         (_flip_magic, "dropped_torn"),
         (_other_secret, "dropped_torn"),
         (_no_length, "dropped_torn"),
+        (_other_store, "dropped_foreign"),
         (_other_incarnation, "dropped_foreign"),
         (_other_namespace, "dropped_foreign"),
         (_other_epoch, "dropped_foreign"),
