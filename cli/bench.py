@@ -10,7 +10,7 @@ import click
 
 from .. import __version__
 from ._group import OneLineGroup
-from .bench_options import loading, options, reaching, sizes, wish
+from .bench_options import arena, loading, options, reaching, sizes, wish
 from .bench_options import size as a_size
 from .report import Row, print_result
 
@@ -86,8 +86,12 @@ def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: boo
     """One block at a time; what Python adds to a call, and what a get costs the processor."""
     from .latency import run
 
-    memory = flags.pop("memory") or 0
-    return _finish(*run(wish(flags), memory, size, calls, rounds, cpu_seconds), as_json=as_json)
+    memory = flags.pop("memory")
+    if memory.gpu:
+        from .gpu_latency import run as run_gpu
+
+        return _finish(*run_gpu(wish(flags), memory, size, calls, rounds), as_json=as_json)
+    return _finish(*run(wish(flags), memory.arena, size, calls, rounds, cpu_seconds), as_json=as_json)
 
 
 @main.command()
@@ -118,7 +122,7 @@ def replay(as_json: bool, **flags: Any) -> int:
     """Replays a trace of prompts: match, get the hits, put the rest."""
     from .replay import Settings, run
 
-    memory = flags.pop("memory") or 0
+    memory = arena(flags)
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
 
 
@@ -147,7 +151,7 @@ def flash(as_json: bool, **flags: Any) -> int:
     """Staged gets and write-behind beside fio on the same device."""
     from .flash_bench import Settings, run
 
-    memory = flags.pop("memory") or 512 << 20
+    memory = arena(flags) or 512 << 20
     flags["working_set"] = flags["working_set"] or 0
     flags["put_bytes"] = flags["put_bytes"] or memory
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
@@ -168,7 +172,7 @@ def restart(as_json: bool, **flags: Any) -> int:
     """How soon a node has its blocks on flash again: after a clean stop, and killed."""
     from .restart import Settings, run
 
-    memory = flags.pop("memory") or 0
+    memory = arena(flags)
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +16,14 @@ from .rig import Options
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True, slots=True)
+class Memories:
+    """What --memory said: bytes of the own node's arena (0: enough), and the GPU of the peers' blocks."""
+
+    arena: int
+    gpu: str
+
+
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """A callback: 64k, 1m, 4G, or bytes."""
     return None if value is None else _one(value, param)
@@ -23,6 +32,19 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
 def sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """A callback: several, separated by commas."""
     return tuple(_one(v, param) for v in value.split(","))
+
+
+def memories(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Memories:
+    """A callback: a size, a GPU, or both."""
+    gpus = [v for v in values if v.startswith("cuda")]
+    given = [v for v in values if v not in gpus]
+    if len(gpus) > 1 or len(given) > 1:
+        raise LocalError(f"--memory {' '.join(values)}", "--memory takes one size and one GPU")
+    if gpus:
+        from .gpu_rig import index_of
+
+        index_of(gpus[0])
+    return Memories(_one(given[0], param) if given else 0, gpus[0] if gpus else "")
 
 
 def _one(value: str, param: click.Parameter) -> int:
@@ -47,9 +69,11 @@ reaching = _stack(
     ),
     click.option(
         "--memory",
-        callback=size,
-        metavar="SIZE",
-        help="Of the own node's arena. [enough that nothing is evicted]",
+        callback=memories,
+        multiple=True,
+        metavar="SIZE|cuda:N",
+        help="Of the own node's arena [enough that nothing is evicted]. cuda:N: that GPU's memory is what "
+        "blocks are got into and put from (limit, get, put, mixed, latency).",
     ),
     click.option("--fabric", type=click.Choice(["auto", "verbs", "tcp"]), default="auto", help="[auto]"),
     click.option(
@@ -111,5 +135,15 @@ def wish(flags: dict[str, Any]) -> Wish:
 
 def options(flags: dict[str, Any]) -> Options:
     """All flags of a load; ``flags`` must hold nothing else."""
-    memory = flags.pop("memory") or 0
-    return Options(wish=wish(flags), memory=memory, **flags)
+    memory: Memories = flags.pop("memory")
+    return Options(wish=wish(flags), memory=memory.arena, gpu=memory.gpu, **flags)
+
+
+def arena(flags: dict[str, Any]) -> int:
+    """Takes --memory out of ``flags``, for a command whose blocks are in host memory."""
+    memory: Memories = flags.pop("memory")
+    if memory.gpu:
+        raise LocalError(
+            f"this command has no --memory {memory.gpu}", "limit, get, put, mixed and latency do"
+        )
+    return memory.arena

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..batches import Batch
 from ..peer import Peer
-from ..rdma.memory import HostMemory
 from ..status import Status
 from . import pattern
+from .places import open_place
 from .sample import GOOD_GET, GOOD_PUT, Keys, Plan, Sample, Statuses
 
 STRETCH_NS = 50_000_000  # at least so long
@@ -32,10 +32,14 @@ class Lane:
 
     def __init__(self, peer: Peer, plan: Plan, number: int, keys: Keys) -> None:
         self.peer, self.plan, self.keys = peer, plan, keys
-        self.memory = HostMemory(len(keys) * plan.size)
-        self.rows = self.memory.array[: len(keys) * plan.size].reshape(len(keys), plan.size)
-        self.rows[:] = 0
-        self.buffer = peer.register(self.memory.array)
+        self.place = open_place(plan.gpu, len(keys), plan.size)
+        self.memory, self.rows = self.place.memory, self.place.rows
+        self.clear()
+        try:
+            self.buffer = peer.register(self.place.buffer)
+        except BaseException:
+            self.place.close()
+            raise
         self.slices = self.buffer.split(plan.size)[: len(keys)]
         self._common = pattern.ramp(plan.size)
         self._turn = 0
@@ -44,6 +48,16 @@ class Lane:
 
     def close(self) -> None:
         self.buffer.close()
+        self.place.close()
+
+    def clear(self) -> None:
+        """Zeroes the buffer."""
+        self.rows[:] = 0
+        self.place.push()
+
+    def heading(self) -> dict[str, Any]:
+        """Where the blocks lie, and how they get there."""
+        return self.place.heading(self.buffer)
 
     # --- one stretch each ---
 
@@ -51,6 +65,7 @@ class Lane:
         """Puts the keys."""
         sample = Sample()
         pattern.fill(self.rows, self.keys, self._common)
+        self.place.push()
         for keys, slices in self._batches(self.keys, 0):
             sample.judge(self.peer.put_from(keys, slices, timeout=TIMEOUT), GOOD_PUT)
         return sample
@@ -76,6 +91,7 @@ class Lane:
         sample = Sample()
         keys = self._new(len(self.keys))
         pattern.fill(self.rows, keys, self._common)
+        self.place.push()
         carry_out = self._put_deep if self.plan.depth > 1 else self._put_one_by_one
         batches = self._batches(keys, 0)
         start = clock()
@@ -99,7 +115,9 @@ class Lane:
                 keys = self._new(len(keys))
                 content = np.empty((len(keys), self.plan.size), np.uint8)
                 pattern.fill(content, keys, self._common)
-                self.rows[(slices["offset"] // self.plan.size).astype(np.intp)] = content
+                rows = (slices["offset"] // self.plan.size).astype(np.intp)
+                self.rows[rows] = content
+                self.place.push(rows)
             order.append((put, keys, slices))
         gets, puts = Sample(), Sample()
         stored: list[Statuses] = []
@@ -134,7 +152,7 @@ class Lane:
     def _next_pass(self) -> list[tuple[Keys, Any]]:
         self._turn = (self._turn + 1) % len(self.keys)
         if len(self.keys) == 1:  # there is no other place
-            self.rows[:] = 0
+            self.clear()
         return self._batches(self.keys, self._turn)
 
     def _new(self, count: int) -> Keys:
@@ -208,14 +226,20 @@ class Lane:
         if not self.plan.verify:
             return 0
         n = len(keys)
+        self.place.pull()
         bad = pattern.wrong(self.rows[:n], np.roll(keys, turn, axis=0), self._common)
         return int((bad & np.roll(status == Status.HIT, turn)).sum())
+
+    def wrong_rows(self, count: int) -> int:
+        """How many of the first rows do not hold the first keys' blocks."""
+        self.place.pull()
+        return int(pattern.wrong(self.rows[:count], self.keys[:count], self._common).sum())
 
     def _read_back(self, keys: Keys, sample: Sample) -> None:
         """Gets what was put, to other places than it came from, compares, and deletes it."""
         if self.plan.verify:
             if len(keys) == 1:
-                self.rows[:1] = 0
+                self.clear()
             status = np.concatenate(
                 [self.peer.get_into(k, s, timeout=TIMEOUT) for k, s in self._batches(keys, 1)]
             )

@@ -29,7 +29,8 @@ def run(kind: str, options: Options, put_share: float = 0.1) -> tuple[dict[str, 
         steps.now("starting")
         for size in options.sizes:
             with open_nodes(options, size) as nodes, Rig(nodes, options, size) as rig:
-                head = head or heading(rig.peer, rig.load.lanes[0].memory)
+                lane = rig.load.lanes[0]
+                head = head or heading(rig.peer, lane.memory) | lane.heading()
                 limit = holder.open(rig.peer)
                 steps.now(f"{size_text(size)}: calibrating the bare loop")
                 head[f"limit {size_text(size)}"] = f"{limit.what}: {limit.calibrate(size)}"
@@ -68,7 +69,7 @@ def _field(kind: str, rig: Rig, limit: Limit, put_share: float) -> list[Contesta
     if kind == "limit":
         field += [
             get("get", checksum=False),
-            get("get cold", cold=True, checksum=False),
+            *([] if rig.plan.gpu else [get("get cold", cold=True, checksum=False)]),
             get("get checksum", checksum=True),
         ]
         field.append(Contestant(("put",), rig.put, batch))

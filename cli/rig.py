@@ -43,8 +43,10 @@ class Options:
     verify: bool = True
     checksum: bool = False
     memory: int = 0  # of the benchmark's own node; 0: enough
+    gpu: str = ""  # like cuda:0: where the peers' blocks are; else in host memory
 
-    def plan(self, size: int, salt: str) -> Plan:
+    def plan(self, size: int, salt: str, gpu: str | None = None) -> Plan:
+        """The plan for blocks of one size. :param gpu: another place than the options'."""
         blocks = max(self.working_set // size, self.threads * self.processes)
         batch = min(self.batch, blocks)
         return Plan(
@@ -55,6 +57,7 @@ class Options:
             depth=self.depth,
             verify=self.verify,
             checksum=self.checksum,
+            gpu=self.gpu if gpu is None else gpu,
             salt=salt,
         )
 

@@ -29,6 +29,7 @@ class Plan:
     depth: int = 1  # batches under way in each thread's hands
     verify: bool = True
     checksum: bool = False
+    gpu: str = ""  # like cuda:0: where the blocks go to and come from; else host memory
     salt: str = ""  # keeps keys of different loads apart
 
     def keys(self, first: int, count: int) -> Keys:

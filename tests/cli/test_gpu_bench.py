@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from memkv.cli import gpu_bench, gpu_rig, report
+import memkv.gpu
+from memkv.cli import bench_options, gpu_bench, gpu_rig, lanes, places, report
+from memkv.cli.bench import main
 from memkv.cli.gpu_bench import Settings
 from memkv.cli.gpu_staging import Pipeline
 from memkv.gpudirect import driver
@@ -54,6 +57,9 @@ class HostRig:
 
     def heading(self) -> dict[str, Any]:
         return {"gpu": "a stand-in"}
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -170,3 +176,119 @@ def test_the_link_is_shown_as_the_kernel_has_it(tmp_path: Path) -> None:
         "0000:17:00.0: 32.0 GT/s PCIe x16 (at most 32.0 GT/s PCIe x16)"
     )
     assert "does not show" in gpu_rig.pcie("0000:18:00.0", tmp_path)
+
+
+# --- --memory cuda:0 ---
+
+
+class HostGpuPlace(places.GpuPlace):
+    """A place on the stand-in, which a peer is told by name."""
+
+    @property
+    def buffer(self) -> Any:
+        return self.address, self.memory.nbytes, self.rig.device.name
+
+
+@pytest.fixture
+def on_stand_in(rig: HostRig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GPU of loads is the stand-in; which places were asked for."""
+    asked: list[str] = []
+
+    def open_place(gpu: str, count: int, size: int) -> places.Place:
+        asked.append(gpu)
+        return HostGpuPlace(rig, count, size) if gpu else places.Place(count, size)
+
+    monkeypatch.setattr(lanes, "open_place", open_place)
+    monkeypatch.setattr(memkv.gpu, "open_device", lambda name: rig.device)
+    return asked
+
+
+TINY = ["--fabric", "tcp", "--memory", "cuda:0", "--rounds", "2", "--json"]
+LOAD = [*TINY, "--seconds", "0.02", "--working-set", "1m", "--sizes", "64k", "--batch", "8"]
+
+
+def bench(*args: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(main, args)
+    return done.exit_code, json.loads(done.stdout) if done.stdout.startswith("{") else {"said": done.output}
+
+
+@pytest.mark.parametrize("command", ["get", "put", "mixed", "limit"])
+def test_blocks_go_to_the_gpu_and_come_from_there(command: str, on_stand_in: list[str]) -> None:
+    code, result = bench(command, *LOAD)
+
+    assert code == 0, result
+    assert on_stand_in == ["cuda:0"]
+    assert result["heading"]["gpu"] == "a stand-in"
+    assert result["heading"]["get into"].startswith("staged (")
+    assert result["heading"]["put from"].startswith("staged (")
+    ours = [row for row in result["rows"] if row["what"].split()[0] in ("get", "put", "mixed")]
+    assert ours
+    assert all(row["hits"] > 0 and not row["misses"] and not row["errors"] for row in ours)
+
+
+def test_a_wrong_byte_on_the_gpu_is_seen(
+    rig: HostRig, on_stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostRig, "read", lambda self, a, n: np.full(n, 7, np.uint8))
+
+    code, result = bench("get", *LOAD)
+
+    assert code == 1
+    assert any("wrong bytes" in row.get("note", "") for row in result["rows"])
+
+
+def test_latency_of_the_gpu_stands_beside_that_of_host_memory(on_stand_in: list[str]) -> None:
+    code, result = bench("latency", *TINY, "--calls", "10", "--size", "4k")
+
+    assert code == 0, result
+    assert [row["what"] for row in result["rows"]] == [
+        "get, host memory",
+        "get, cuda:0",
+        "put, host memory",
+        "put, cuda:0",
+    ]
+    assert all((row["hits"], row["misses"], row["errors"]) == (10, 0, 0) for row in result["rows"])
+    assert all(row["p50_us"] > 0 and row["ratio"] > 0 for row in result["rows"])
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU here")
+def test_without_a_gpu_a_load_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memkv.cli.bench", "get", *LOAD], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("memkv-bench: error: no cuda:0 here: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "arena", "gpu"),
+    [
+        ((), 0, ""),
+        (("2g",), 2 << 30, ""),
+        (("cuda:1",), 0, "cuda:1"),
+        (("cuda:0", "64m"), 64 * MIB, "cuda:0"),
+    ],
+)
+def test_memory_is_a_size_or_a_gpu_or_both(given: tuple[str, ...], arena: int, gpu: str) -> None:
+    option = next(p for p in main.commands["get"].params if p.name == "memory")
+
+    found = bench_options.memories(None, option, given)  # type: ignore[arg-type]
+
+    assert (found.arena, found.gpu) == (arena, gpu)
+
+
+@pytest.mark.parametrize("given", [("1g", "2g"), ("cuda:0", "cuda:1"), ("cuda",), ("cuda:x",), ("x",)])
+def test_other_memory_is_refused(given: tuple[str, ...]) -> None:
+    option = next(p for p in main.commands["get"].params if p.name == "memory")
+
+    with pytest.raises(LocalError):
+        bench_options.memories(None, option, given)  # type: ignore[arg-type]
+
+
+def test_commands_on_the_host_have_no_gpu() -> None:
+    done = CliRunner().invoke(main, ["replay", "--memory", "cuda:0"])
+
+    assert done.exit_code == 2
+    assert "this command has no --memory cuda:0" in done.output
