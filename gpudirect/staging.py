@@ -37,7 +37,7 @@ ALIGN = 64  # where blocks begin in a slot
 MIN_GROUP = 1 << 20  # bytes: a batch is not cut into smaller groups than that
 MOST_BLOCKS = 2048  # of a group
 READING = 2  # groups per node that are being READ at once
-PULLING = 4  # groups per node that are being copied out or pulled at once
+PULLING = 4  # groups per node that are being copied out or pulled at once; of few slots, half at most
 
 Addresses = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.intp]
@@ -88,7 +88,7 @@ class Way:
     def __init__(self, device: Device, settings: Settings, into_device: bool) -> None:
         self.device = device
         self.settings = settings
-        self.per_node = READING if into_device else PULLING
+        self.per_node = min(READING if into_device else PULLING, settings.slots // 2)
         self.memory = HostMemory(settings.nbytes)
         device.pin(self.memory.address, self.memory.nbytes)
         try:

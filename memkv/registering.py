@@ -89,8 +89,11 @@ class Registry:
 
     def _register_device(self, memory: Memory, device: str) -> Buffer:
         self._gpu.check_blocks()
-        get_rung = put_rung = Rung("staged", "the fabric does not reach GPU memory here")
-        self._gpu.stage(device, True, self._register_slots_into)
+        get_rung = put_rung = Rung("staged", memory.reason or "the fabric does not reach GPU memory here")
+        if memory.writable:
+            self._gpu.stage(device, True, self._register_slots_into)
+        else:
+            get_rung = READ_ONLY
         self._gpu.stage(device, False, self._register_slots_out)
         id = self._get_domain.reserve_id()
         handle = Buffer(
