@@ -3,6 +3,8 @@
 ``memkv/rdma``, ``memkv/store``, ``memkv/gpudirect`` and ``memkv/cli`` are links to the top-level folders, so
 every path below goes through ``memkv/``: that is what makes wheel, sdist and editable install agree.
 
+``MEMKV_WITHOUT=verbs`` in the environment: no libibverbs headers are needed, and no RDMA device can be used.
+
 ``MEMKV_SANITIZE=1 python setup.py build_ext --build-lib DIR --build-temp DIR2`` builds with ASan and UBSan.
 """
 
@@ -33,6 +35,7 @@ HEADERS = {  # what a build includes, and the Debian package that has it
 
 def check_toolchain() -> None:
     """Ends the build with one line that names what to install."""
+    without_verbs = "verbs" in os.environ.get("MEMKV_WITHOUT", "")
     command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     command += shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CFLAGS", ""))
     command += [f"-I{sysconfig.get_path(which)}" for which in ("include", "platinclude")]
@@ -50,7 +53,8 @@ def check_toolchain() -> None:
         raise SystemExit(
             f"memkv cannot be built: no C compiler ({command[0]}: {exc}): apt install gcc libc6-dev"
         ) from None
-    missing = {h: p for h, p in HEADERS.items() if not compiles(f"#include <{h}>\n")}
+    needed = {h: p for h, p in HEADERS.items() if not (without_verbs and h.startswith("infiniband/"))}
+    missing = {h: p for h, p in needed.items() if not compiles(f"#include <{h}>\n")}
     if missing:
         names, packages = ", ".join(f"<{h}>" for h in missing), " ".join(missing.values())
         raise SystemExit(f"memkv cannot be built: no {names}: apt install {packages}")

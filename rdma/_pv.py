@@ -13,6 +13,8 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+from .native._rdma import lib
+
 HINT = "apt install python3-pyverbs ibverbs-providers, and an environment made with --system-site-packages"
 
 _ENUMS = {
@@ -63,6 +65,8 @@ def _load() -> tuple[SimpleNamespace | None, str]:
 
 def missing() -> str:
     """Why pyverbs cannot be used, or an empty string."""
+    if not lib.mkv_verbs_built():
+        return "memkv was built without verbs (MEMKV_WITHOUT=verbs)"
     return _load()[1]
 
 

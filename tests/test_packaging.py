@@ -107,6 +107,34 @@ def test_missing_header_is_one_line_with_the_package(
     assert all(f"<{h}>" in last for h in lacking)
 
 
+NO_VERBS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from memkv.rdma._pv import missing
+from memkv.rdma.native._rdma import lib
+assert lib.mkv_verbs_built() == 0
+assert "built without verbs" in missing(), missing()
+from memkv.cli.node import main
+main(["doctor", "--fabric", "tcp"], prog_name="memkv-node")
+"""
+
+
+@needs_build
+def test_without_verbs_it_builds_without_their_headers_and_says_so(tree: Path, tmp_path: Path) -> None:
+    lacking = ["infiniband/verbs.h", "liburing.h"]
+    built = run(
+        sys.executable,
+        *("setup.py", "-q", "build", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"),
+        cwd=tree,
+        CC=compiler(tmp_path, *lacking),
+        MEMKV_WITHOUT="verbs",
+    )
+
+    assert built.returncode == 0, built.stderr
+    out = check(sys.executable, "-c", NO_VERBS, tmp_path / "lib", cwd=tmp_path)
+    assert "a node can run here, over tcp" in out
+
+
 def test_missing_compiler_is_one_line_with_the_package(tree: Path, tmp_path: Path) -> None:
     done = build_ext(tree, tmp_path, CC="/nonexistent/cc")
 
@@ -151,7 +179,8 @@ def test_wheel_has_every_module_and_nothing_of_the_build(wheel: Path, tree: Path
 
     assert wheel.name.startswith(f"memkv-{__version__}-cp311-abi3-linux_")
     assert names >= CORES
-    assert names >= modules | {"memkv/py.typed"}
+    kernels = {f"memkv/gpudirect/kernels/{name}.cu" for name in ("checksum", "pages")}
+    assert names >= modules | kernels | {"memkv/py.typed"}
     assert modules >= {"memkv/peer.py", "memkv/rdma/gid.py", "memkv/store/node.py", "memkv/cli/node.py"}
     assert not [n for n in names if n.endswith((".c", ".h", ".o", "native/build.py", "native/cdef.py"))]
     assert not [n for n in names if n.split("/")[0] not in ("memkv", f"memkv-{__version__}.dist-info")]

@@ -73,6 +73,10 @@ static struct { /* found by dlsym: see the head of the file */
     void (*ack_cq_events)(struct ibv_cq *, unsigned int);
 } verbs_lib;
 
+int mkv_verbs_built(void) {
+    return 1;
+}
+
 static int load_library(void) {
     if (verbs_lib.ack_cq_events)
         return 0;

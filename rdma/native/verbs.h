@@ -4,6 +4,9 @@
 
 #include "fabric.h"
 
+/* Whether this core has verbs at all: 1, or 0 (noverbs.c). */
+int mkv_verbs_built(void);
+
 /* What pyverbs made and Python proved (mkv_verbs_prove), one per rail. */
 struct mkv_verbs_rail {
     uint64_t qp;       /* struct ibv_qp * */
