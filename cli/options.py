@@ -51,6 +51,7 @@ HELP = {
     "put_timeout_ms": "For puts and deletes whose peer does not say.",
     "stage_timeout_ms": "For bringing blocks from flash, where the peer does not say.",
     "ack_timeout_ms": "For a session to act on a notice, else it is closed.",
+    "stop_timeout": "Seconds for a clean stop, most of them for what is still to be written to flash.",
     "log_level": "What is logged, to standard error.",
 }
 METAVAR = {
@@ -62,6 +63,7 @@ METAVAR = {
     "align": "512|4096",
     "flash": "PATH[:SIZE]",
     "clock": "auto|plain|strict",
+    "stop_timeout": "SECONDS",
     "secret_file": "FILE",
     "log_level": "debug|info|warning|error",
 }

@@ -21,13 +21,13 @@ from .options import written
 
 log = logging.getLogger("memkv.node")
 
-STOP_SECONDS = 10.0  # for a clean stop; then the process ends all the same
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(
     config: NodeConfig, clock_reason: str, *, ready_fd: int | None = None, log_format: str = "text"
 ) -> int:
-    """Serves until SIGTERM or SIGINT; a second one ends the process at once.
+    """Serves until SIGTERM or SIGINT; a second one ends the process at once, whatever is not on flash yet.
 
     :returns: the exit code: 0 after a clean stop, 1 if it was not clean.
     :raises MemKVError: the node cannot start.
@@ -41,14 +41,16 @@ def run(
 async def _serve(config: NodeConfig, clock_reason: str, ready_fd: int | None, log_format: str) -> int:
     stop = asyncio.Event()
 
+    loop = asyncio.get_running_loop()
+
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
+        for each in STOP_SIGNALS:  # the kernel's own way, which needs nothing of us that might hang
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
         log.info("%s: stopping; once more ends at once", number.name)
         stop.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     node = Node(config)
     stopping = asyncio.create_task(stop.wait())
@@ -72,13 +74,14 @@ async def _serve(config: NodeConfig, clock_reason: str, ready_fd: int | None, lo
     _announce(ready_fd, facts)
     await stopping
     _notify("STOPPING=1")
-    try:
-        await asyncio.wait_for(node.stop(), STOP_SECONDS)
-    except TimeoutError:
-        log.error("not everything could be given back within %.0f s; ending all the same", STOP_SECONDS)
+    ending = asyncio.create_task(node.stop())
+    done, _ = await asyncio.wait({ending}, timeout=config.stop_timeout)
+    if not done:  # not cancelled either: what it waits for still uses what would be taken apart next
+        log.error("not everything could be given back within %d s; ending all the same", config.stop_timeout)
         logging.shutdown()
         os._exit(1)
-    return 0
+    await ending
+    return 0 if node.stopped_clean else 1
 
 
 def describe(node: Node, clock_reason: str) -> dict[str, str]:

@@ -100,7 +100,9 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """Settings of a node; sizes in bytes, times in milliseconds, 0 where a default is worked out."""
+    """Settings of a node; sizes in bytes, times in milliseconds unless they say so, 0 where a default is
+    worked out.
+    """
 
     listen: Address = ("127.0.0.1", DEFAULT_PORT)  # control connections; port 0: any
     data_port: int = 0  # tcp fabric: data connections, on the same host; 0: any
@@ -133,6 +135,7 @@ class NodeConfig:
     put_timeout_ms: int = 30_000  # of puts and deletes whose peer does not say
     stage_timeout_ms: int = 10_000  # of stages whose peer does not say
     ack_timeout_ms: int = 30_000  # for a session to act on a notice, else it is closed
+    stop_timeout: int = 30  # seconds for a clean stop, most of them for what is still to be written to flash
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -172,6 +175,7 @@ class NodeConfig:
             need(1 <= getattr(self, knob) <= 1 << 20, knob, "1 to 1048576")
         for knob in ("put_timeout_ms", "stage_timeout_ms", "ack_timeout_ms"):
             need(1 <= getattr(self, knob) <= 3_600_000, knob, "1 ms to an hour")
+        need(1 <= self.stop_timeout <= 86_400, "stop_timeout", "1 second to a day")
         need(0 <= self.flash_threads <= 256, "flash_threads", "0 to 256")
         need(0 <= self.dirty_bytes <= self.memory, "dirty_bytes", "no more than the memory")
         paths = [path.path for path in self.flash_paths]

@@ -56,6 +56,7 @@ log = logging.getLogger("memkv.node")
 T = TypeVar("T")
 MAX_UNPROVEN = 128  # connections that have not authenticated yet
 POOL_THREADS = 4
+FLUSH_PART = 0.8  # of the time for a stop may go by before flash gives up writing; the rest is for the rest
 
 
 def software() -> str:
@@ -128,6 +129,7 @@ class Node:
         self.stopping = False
         self._arena: Any = ffi.NULL
         self._started = time.monotonic()
+        self._stopping_since = 0.0
         self._stack = contextlib.AsyncExitStack()
         self._stopped = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -156,6 +158,10 @@ class Node:
         config, events, stack = self.config, asyncio.get_running_loop(), self._stack
         pool = ThreadPoolExecutor(POOL_THREADS, "memkv-pool")
         stack.callback(pool.shutdown)
+
+        async def in_pool(function: Callable[[], None]) -> None:
+            await events.run_in_executor(pool, function)
+
         self.memory = await events.run_in_executor(pool, HostMemory, config.memory, config.huge)
         stack.callback(self.memory.close)
         self.fabric = await events.run_in_executor(pool, open_fabric, config)
@@ -168,7 +174,7 @@ class Node:
         stack.callback(self._free_arena)
         store = await events.run_in_executor(pool, self._open_flash) if config.flash else None
         if store:
-            stack.callback(store.close)
+            stack.push_async_callback(in_pool, store.close)  # it waits for devices
             self.flash = FlashTier(store, pool)
         self.engine = PutEngine(self.counters.put)
         stack.callback(self.engine.close)
@@ -191,7 +197,7 @@ class Node:
             self.flash.attach(events, lambda: list(self.namespaces.by_name.values()))
             stack.push_async_callback(self.flash.detach)
             await self.namespaces.restore()
-            stack.push_async_callback(self.flash.finish)
+            stack.push_async_callback(self._finish_flash)
         self._shared = Shared(
             config=config,
             name=self.name,
@@ -225,6 +231,11 @@ class Node:
             dirty_max=config.dirty_max,
             threads=config.flash_threads,
         )
+
+    async def _finish_flash(self) -> None:
+        assert self.flash is not None
+        gone = time.monotonic() - self._stopping_since if self.stopping else 0.0
+        await self.flash.finish(max(0.1, self.config.stop_timeout * FLUSH_PART - gone))
 
     def _free_arena(self) -> None:
         lib.mkv_arena_free(self._arena)
@@ -280,12 +291,20 @@ class Node:
         """Returns after :meth:`stop` has been called and is through."""
         await self._stopped.wait()
 
+    @property
+    def stopped_clean(self) -> bool:
+        """Whether a stop has left nothing in memory that flash was to have."""
+        return self.flash is None or self.flash.complete
+
     async def stop(self) -> None:
-        """Says Bye to every session, waits for what is under way and gives everything back."""
+        """Says Bye to every session, waits for what is under way, has flash write what is dirty, and gives
+        everything back. Only flash minds ``stop_timeout``: whoever calls this may set a limit to the rest.
+        """
         if self.stopping:
             await self._stopped.wait()
             return
         self.stopping = True
+        self._stopping_since = time.monotonic()
         try:
             await self._stack.aclose()
         finally:

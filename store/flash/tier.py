@@ -29,8 +29,8 @@ log = logging.getLogger("memkv.flash")
 
 TICK_SECONDS = 1.0
 STUCK_SECONDS = 30  # a device that leaves a request unanswered for so long is taken out
-SYNC_SECONDS = 8.0  # for a clean stop to write what is dirty
 TELL_SECONDS = 10.0  # between lines in the log about a scan
+TELL_FLUSH_SECONDS = 2.0  # and about what a stop still has to write
 
 
 class Space(Protocol):
@@ -57,6 +57,7 @@ class FlashTier:
         self._told = 0.0
         self._was_scanning = False
         self._lost = 0  # devices, as far as has been looked at
+        self.complete = True  # all that was dirty has been written by the stop, or may still be
         self._settling: asyncio.Future[bool] | None = None
         self._ending = asyncio.Event()
 
@@ -175,33 +176,39 @@ class FlashTier:
         return await self._wait(future, until)
 
     async def _wait(self, future: asyncio.Future[None], until: float) -> bool:
-        timer = self._events.call_at(until, future.cancel)
+        late = False
+
+        def expire() -> None:  # a clock read again may say that it is not time yet
+            nonlocal late
+            late = not future.done()
+            future.cancel()
+
+        timer = self._events.call_at(until, expire)
         try:
             await future
         except asyncio.CancelledError:
-            if future.cancelled() and self._events.time() >= until:
-                return False
-            raise
+            if not late:
+                raise
         finally:
             timer.cancel()
-        return True
+        return not late
 
     # --- stopping ---
 
-    async def finish(self) -> None:
+    async def finish(self, seconds: float) -> None:
         """A clean stop, after all sessions: writes what is dirty, then the snapshots that make the next start
         quick. What does not get done in time costs the next start a scan, never a block that was promised.
         """
         tenants = [space.flash for space in self._spaces() if space.flash]
-        dirty = self.store.stats()["dirty_bytes"]
-        if dirty:
-            log.info("flash: %d MiB are still to be written", dirty >> 20)
-        until = self._events.time() + SYNC_SECONDS
+        lost = self.store.stats()["lost_memory_acks"]
         number = int(await self._events.run_in_executor(self._pool, lib.mkv_flash_sync, self.store.flash))
-        if not await self._over(number, until):
-            left = self.store.stats()["dirty_bytes"] >> 20
-            log.error("flash: %d MiB could not be written within %.0f s; a scan follows", left, SYNC_SECONDS)
+        self.complete = await self._flushed(number, seconds)
+        if not self.complete:
+            self._tell_unwritten(seconds, tenants)
             return
+        if lost := self.store.stats()["lost_memory_acks"] - lost:
+            self.complete = False
+            log.error("flash: %d blocks could not be written, and are lost: no device had a place", lost)
         if any(tenant.scanning() for tenant in tenants):
             log.warning("flash: stopped before the scan was over; it begins anew at the next start")
             return
@@ -211,6 +218,44 @@ class FlashTier:
 
         self.store.look(STUCK_SECONDS * 1_000_000_000)
         await self._events.run_in_executor(self._pool, self.store.save, export)
+
+    async def _flushed(self, number: int, seconds: float) -> bool:
+        """Waits for a sync, and tells how it goes; False if it takes longer."""
+        began, all_of_it = self._events.time(), self.store.stats()["dirty_bytes"]
+        if all_of_it:
+            log.info("flash: %s are to be written, for at most %.0f s", _mib(all_of_it), seconds)
+        until = began + seconds
+        while True:
+            pause = min(until, self._events.time() + TELL_FLUSH_SECONDS)
+            if await self._over(number, pause):
+                return True
+            if pause == until:
+                return False
+            took, left = self._events.time() - began, self.store.stats()["dirty_bytes"]
+            rate = (all_of_it - left) / took
+            log.info(
+                "flash: %s of %s written, %s/s%s",
+                _mib(all_of_it - left),
+                _mib(all_of_it),
+                _mib(rate),
+                f", {left / rate:.0f} s to go" if rate and left else "; headers and caches follow",
+            )
+
+    def _tell_unwritten(self, seconds: float, tenants: list[Tenant]) -> None:
+        n = self.store.stats()
+        blocks = [f"{t.name.name}: {dirty}" for t in tenants if (dirty := t.stats()["flash_dirty"])]
+        if blocks:
+            log.error(
+                "flash: %d blocks (%s) could not be written within %.0f s and are lost, of namespaces %s; "
+                "they were acknowledged as memory only (stop_timeout, dirty_bytes)",
+                n["dirty_blocks"],
+                _mib(n["dirty_bytes"]),
+                seconds,
+                ", ".join(blocks),
+            )
+        else:
+            log.error("flash: all blocks are written, but headers and caches were not within %.0f s", seconds)
+        log.warning("flash: no snapshot is left: the next start scans")
 
     # --- what it tells ---
 
@@ -235,6 +280,10 @@ class FlashTier:
             "segments_exchanged": self.store.sharing.exchanged,
             **self.store.stats(),
         }
+
+
+def _mib(n: float) -> str:
+    return f"{n / (1 << 20):.0f} MiB"
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -509,31 +509,76 @@ def test_a_node_that_was_told_to_stop_needs_no_scan(path: Path, fabric_name: str
         assert status["namespaces"]["test"]["flash_blocks"] == 100
 
 
+SLOW = """
+import sys
+from memkv.store.flash import tier
+from memkv.store.native._store import ffi, lib
+attach = tier.FlashTier.attach
+def slow(self, *args):
+    fault = ffi.new("struct mkv_fault *")
+    fault.kind, fault.op, fault.device = lib.MKV_FAULT_HELD, lib.MKV_IO_WRITE, 2**32 - 1
+    assert lib.mkv_flashio_fault(self.store.io, fault) == 0
+    attach(self, *args)
+tier.FlashTier.attach = slow
+from memkv.cli.node import main
+main(sys.argv[1:], prog_name="memkv-node")
+"""
+
+
+def test_a_stop_that_leaves_something_unwritten_is_not_clean_and_a_second_signal_does_not_wait(
+    path: Path, fabric_name: str
+) -> None:
+    if fabric_name != "tcp":
+        pytest.skip("once is enough: the process is asked over tcp")
+    for timeout, signals in (("1", 1), ("600", 2)):
+        args = [*SETTINGS, "--flash", f"{path}:32M", "--stop-timeout", timeout]
+        with running(*args, program=SLOW) as node:
+            host, _, port = node.address.rpartition(":")
+            assert Filler(RawPeer((host, int(port)))).put(range(8)) == [STORED] * 8
+            if signals == 2:
+                node.process.send_signal(signal.SIGTERM)
+                assert node.process.stderr is not None
+                while "are to be written" not in node.process.stderr.readline():
+                    pass
+            began = time.monotonic()
+            code, log = node.stop(signal.SIGTERM)
+            assert time.monotonic() - began < 10
+        assert code == (1 if signals == 1 else -signal.SIGTERM), log
+        assert ("8 blocks" in log) == (signals == 1)
+
+
 # --- when it cannot be done -------------------------------------------------------------------------------
 
 
-def test_a_stop_that_cannot_write_everything_ends_all_the_same(
-    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_that_cannot_write_everything_ends_all_the_same_and_says_what(
+    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tier_module, "SYNC_SECONDS", 0.3)
+    monkeypatch.setattr(tier_module, "TELL_FLUSH_SECONDS", 0.1)
     took: list[float] = []
     finish = FlashTier.finish
 
-    async def timed(tier: FlashTier) -> None:
+    async def timed(tier: FlashTier, seconds: float) -> None:
         began = time.monotonic()
-        await finish(tier)
+        await finish(tier, seconds)
         took.append(time.monotonic() - began)
         if len(took) == 1:
             release()
 
     monkeypatch.setattr(FlashTier, "finish", timed)
-    node = start()
+    node = start(stop_timeout=1)
     filler = Filler(connect(node))
     release = hold(store_of(node), lib.MKV_IO_WRITE)
     assert filler.put(range(8)) == [STORED] * 8
     filler.peer.close()
-    node.stop()
+    with caplog.at_level("INFO", "memkv.flash"):
+        node.stop()
     assert 0.2 < took[0] < 5
+    assert "0 MiB are to be written, for at most 1 s" in caplog.text or "1 MiB are to be" in caplog.text
+    assert "MiB written" in caplog.text
+    assert "8 blocks (0 MiB) could not be written within" in caplog.text
+    assert "of namespaces test: 8" in caplog.text
+    assert "the next start scans" in caplog.text
+    assert not node.node.stopped_clean
     peer = connect(start())
     info = peer.open()
     eventually(lambda: peer.ask(m.Stats).sections["flash"]["scan_left"] == 0)
