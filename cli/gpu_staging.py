@@ -76,7 +76,7 @@ class Pipeline:
                 where[part] = offset
             return self.blocks.room[part]
 
-        await staging.get(self.way, self.blocks, fetch, time.monotonic() + LONGEST, None)
+        await staging.get(self.way, self.blocks, fetch, time.monotonic() + LONGEST)
 
     async def _put(self, check: npt.NDArray[np.bool_] | None, expected: Any = None) -> None:
         """:param check: receives which blocks are in the ring as ``expected``, (count, size), has them."""
@@ -88,7 +88,7 @@ class Pipeline:
             for i, at in zip(index.tolist(), offset.tolist(), strict=True):
                 check[i] = np.array_equal(ring[at : at + self.size], expected[i])
 
-        await staging.put(self.way, self.blocks, store, time.monotonic() + LONGEST, None)
+        await staging.put(self.way, self.blocks, store, time.monotonic() + LONGEST)
 
     def wrong(self) -> int:
         """Blocks of one more pass that did not come out as they went in. Not timed."""

@@ -42,8 +42,6 @@ class Mark(ABC):
     or before.
     """
 
-    event: Any  # void *, for a lane to ask
-
     @abstractmethod
     def reached(self) -> bool:
         """Whether the stream has come that far. :raises DeviceError: it never will."""
@@ -93,12 +91,11 @@ class Lane:
             if n < 64:
                 return
 
-    async def copy(self, copies: npt.NDArray[np.void], after: Mark | None, seconds: float) -> Outcome:
+    async def copy(self, copies: npt.NDArray[np.void], seconds: float) -> Outcome:
         """Carries copies out; ends only when none of them can be under way any more.
 
         :param copies: dtype :data:`COPY`, shape (n,); adjacent ones (on both sides) become one.
-        :param after: nothing is copied before this has been reached.
-        :param seconds: for ``after``, and for places in the stream. What is in the stream is waited for.
+        :param seconds: to get into the stream. What is in there is waited for, however long that takes.
         """
         if self._loop is None or self._lane == ffi.NULL:
             raise LocalError("this lane is closed, or not attached to a loop")
@@ -109,7 +106,6 @@ class Lane:
         ok = np.zeros(len(copies), np.bool_)
         transfer.ok = ffi.cast("uint8_t *", ffi.from_buffer(ok))
         transfer.n = len(copies)
-        transfer.after = ffi.NULL if after is None else after.event
         transfer.deadline_ns = now_ns() + max(0, int(seconds * 1e9))
         future: asyncio.Future[None] = self._loop.create_future()
         self._under_way[int(ffi.cast("uintptr_t", transfer))] = transfer, (copies, ok), future

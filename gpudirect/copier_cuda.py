@@ -22,7 +22,6 @@ class _Mark(Mark):
         with cuda.on(device):
             self._handle = cuda.event_create()
             cuda.event_record(self._handle, stream)
-        self.event = ffi.cast("void *", self._handle)
 
     def reached(self) -> bool:
         with self._cuda.on(self._device):

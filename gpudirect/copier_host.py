@@ -53,20 +53,20 @@ class HostStream:
 class _Mark(Mark):
     def __init__(self, driver: Any, stream: int) -> None:
         self._driver = driver
-        self.event = lib.mkv_hostevent_new()
-        rc = driver.record(self.event, ffi.cast("void *", stream))
+        self._event = lib.mkv_hostevent_new()
+        rc = driver.record(self._event, ffi.cast("void *", stream))
         if rc:
             self.close()
             raise DeviceError(f"a stream cannot be waited for: error {rc}")
 
     def reached(self) -> bool:
-        rc = self._driver.query(self.event)
+        rc = self._driver.query(self._event)
         if rc not in (0, lib.MKV_COPY_NOT_READY):
             raise DeviceError(f"a stream was lost: error {rc}")
         return bool(rc == 0)
 
     def close(self) -> None:
-        event, self.event = self.event, ffi.NULL
+        event, self._event = self._event, ffi.NULL
         lib.mkv_hostevent_free(event)
 
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from ..rdma.errors import LocalError
 from ..rdma.memory import HostMemory
-from .copier import COPY, LATE, Device, Lane, Mark, Outcome
+from .copier import COPY, LATE, Device, Lane, Outcome
 from .slots import Slots
 
 SLOT_BYTES, SLOTS = 8 << 20, 8  # 64 MiB: some slots being READ, some being copied, some ready
@@ -148,11 +148,10 @@ def _left(until: float) -> float:
     return max(0.0, until - time.monotonic())
 
 
-async def get(way: Way, blocks: Blocks, fetch: Fetch, until: float, after: Mark | None) -> None:
+async def get(way: Way, blocks: Blocks, fetch: Fetch, until: float) -> None:
     """Brings blocks into device memory. Ends when no copy into it is under way any more.
 
     :param until: time.monotonic(): no READ and no copy is begun after that.
-    :param after: nothing is copied before this has been reached.
     """
 
     async def one(start: int, stop: int, offset: Addresses, first: int, n: int, permit: int) -> None:
@@ -167,7 +166,7 @@ async def get(way: Way, blocks: Blocks, fetch: Fetch, until: float, after: Mark 
                 copies["dst"] = blocks.address[start:stop][which]
                 copies["src"] = offset[which] + np.uint64(way.address)
                 copies["nbytes"] = lengths[which]
-                outcome = await way.lane.copy(copies, after, _left(until))
+                outcome = await way.lane.copy(copies, _left(until))
                 _report(blocks, which + start, outcome)
         finally:
             if permitted:
@@ -178,11 +177,8 @@ async def get(way: Way, blocks: Blocks, fetch: Fetch, until: float, after: Mark 
     await _through(way, permits, blocks, until, one)
 
 
-async def put(way: Way, blocks: Blocks, store: Store, until: float, after: Mark | None) -> None:
-    """Has blocks in device memory kept. Ends when nobody reads device memory any more.
-
-    :param after: nothing is copied before this has been reached: the work that makes the blocks.
-    """
+async def put(way: Way, blocks: Blocks, store: Store, until: float) -> None:
+    """Has blocks in device memory kept. Ends when nobody reads device memory any more."""
 
     async def one(start: int, stop: int, offset: Addresses, first: int, n: int, permit: int) -> None:
         try:
@@ -190,7 +186,7 @@ async def put(way: Way, blocks: Blocks, store: Store, until: float, after: Mark 
             copies["dst"] = offset + np.uint64(way.address)
             copies["src"] = blocks.address[start:stop]
             copies["nbytes"] = blocks.room[start:stop]
-            outcome = await way.lane.copy(copies, after, _left(until))
+            outcome = await way.lane.copy(copies, _left(until))
             index = np.arange(start, stop)
             _report(blocks, index, outcome)
             if outcome.ok.any():

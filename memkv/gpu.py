@@ -40,7 +40,7 @@ T = TypeVar("T")
 Statuses = npt.NDArray[np.uint8]
 Found = tuple[Statuses, npt.NDArray[np.uint32]]  # statuses and lengths, by key
 
-FIRST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between looks at an application's stream
+SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between looks at an application's stream
 
 
 @dataclass(slots=True)
@@ -192,9 +192,6 @@ class Gpu:
             lengths = np.zeros(len(keys), np.uint32)
 
             async def plain(index: Places) -> None:
-                if (why := await _wait(mark, until)) is not None:
-                    status[index] = why
-                    return
                 batch = Batch(keys[index], slices[index], checksum, False)
                 await self._gets.run_async(batch, until - time.monotonic())
                 status[index], lengths[index] = batch.status, batch.lengths
@@ -208,9 +205,9 @@ class Gpu:
                     status[index], lengths[index] = got.status, got.lengths
                     return np.where(got.status == Status.HIT, got.lengths, 0).astype(np.uint64)
 
-                await staging.get(stage.way, part, fetch, until, mark)
+                await staging.get(stage.way, part, fetch, until)
 
-            await self._each(_Batch(keys, slices, status, True), plain, staged)
+            await self._each(_Batch(keys, slices, status, True), mark, until, plain, staged)
             return status, lengths
 
         return partial(self._tracked, work, mark)
@@ -237,19 +234,16 @@ class Gpu:
                 status[index] = await self._requests.put(keys[index], where, seconds, durability, sums)
 
             async def plain(index: Places) -> None:
-                if (why := await _wait(mark, until)) is not None:
-                    status[index] = why
-                else:
-                    await keep(index, slices[index], until - time.monotonic())
+                await keep(index, slices[index], until - time.monotonic())
 
             async def staged(stage: Stage, part: _Part) -> None:
                 async def store(some: Places, offset: Addresses, seconds: float) -> None:
                     slots = _slices(offset, stage.region.id, part.room[some])
                     await keep(part.index[some], slots, seconds)
 
-                await staging.put(stage.way, part, store, until, mark)
+                await staging.put(stage.way, part, store, until)
 
-            await self._each(_Batch(keys, slices, status, False), plain, staged)
+            await self._each(_Batch(keys, slices, status, False), mark, until, plain, staged)
             return status
 
         return partial(self._tracked, work, mark)
@@ -267,10 +261,17 @@ class Gpu:
     async def _each(
         self,
         batch: _Batch,
+        mark: Mark | None,
+        until: float,
         plain: Callable[[Places], Coroutine[Any, Any, None]],
         staged: Callable[[Stage, _Part], Coroutine[Any, Any, None]],
     ) -> None:
-        """Takes a batch apart and waits for all its parts."""
+        """Takes a batch apart and waits for all its parts. It takes no slot before ``mark`` is reached: what
+        waits for a stream is in nobody's way.
+        """
+        if (why := await _wait(mark, until)) is not None:
+            batch.status[:] = why
+            return
         rest = np.ones(len(batch.keys), np.bool_)
         ways = []
         for region in np.unique(batch.slices["region"]).tolist():
@@ -368,13 +369,13 @@ def _slices(offset: Addresses, region: int, length: Addresses) -> Slices:
 
 async def _wait(mark: Mark | None, until: float) -> Status | None:
     """Waits for a place in the application's stream; why that was in vain, or None."""
-    nap = FIRST_NAP
+    started = now = time.monotonic()
     try:
         while mark is not None and not mark.reached():
-            if time.monotonic() > until:
+            if now > until:
                 return Status.TIMEOUT
-            await asyncio.sleep(nap)
-            nap = min(nap * 2, LONGEST_NAP)
+            await asyncio.sleep(min(max((now - started) / 8, SHORTEST_NAP), LONGEST_NAP))
+            now = time.monotonic()
     except DeviceError as exc:
         log.error("%s", exc)
         return Status.ERROR_COPY

@@ -36,6 +36,14 @@ CHOSEN = {
         "test_eight_threads_at_once",
     },
     "test_peer_async.py": {"test_many_batches_at_once"},
+    "test_peer_gpu.py": {
+        "test_host_and_gpu_slices_in_one_batch",
+        "test_reads_go_on_while_earlier_blocks_are_copied",
+        "test_blocks_are_copied_while_the_node_pulls_earlier_ones",
+        "test_a_copy_under_way_is_waited_for_beyond_the_deadline",
+        "test_closing_the_peer_waits_for_copies",
+        "test_threads_at_once",
+    },
     "test_cluster.py": {"test_a_killed_node_costs_its_own_keys_only"},
     "test_faults.py": {
         "test_a_peer_killed_in_the_middle_of_puts",

@@ -13,6 +13,7 @@
 #include "copier.h"
 
 #define POLL_NS  30000 /* between two looks at events: short beside the time of a slot's copy */
+#define PATIENCE 64    /* looks in vain, after which the pauses grow, five times twofold */
 #define SLACK_NS 2000  /* how much later than asked for the kernel may wake us */
 
 struct list {
@@ -31,6 +32,7 @@ struct mkv_lane {
     struct list waiting, issued; /* the thread's own */
     void **events;               /* those that are free */
     uint32_t free_events;
+    uint32_t in_vain;            /* looks since something happened */
     struct mkv_lane_stats stats; /* relaxed */
 };
 
@@ -129,27 +131,19 @@ static void issue(struct mkv_lane *lane, struct mkv_transfer *t) {
 
 /* Issues what may be issued, oldest first; 1 if anything changed. */
 static int start(struct mkv_lane *lane, int stop) {
-    struct list left = {0, 0};
-    struct mkv_transfer *t, *next;
+    struct mkv_transfer *t;
     int any = 0;
-    for (t = lane->waiting.head; t; t = next) {
-        next = t->next;
-        int state = t->after ? lane->driver.query(t->after) : 0;
+    while ((t = lane->waiting.head)) {
         int late = mkv_now_ns() >= t->deadline_ns;
-        if ((late || state || !lane->free_events) && stop)
-            finish(lane, t, MKV_COPY_CLOSED);
-        else if (late)
-            finish(lane, t, MKV_COPY_LATE);
-        else if (state && state != MKV_COPY_NOT_READY)
-            finish(lane, t, state);
-        else if (state || !lane->free_events) {
-            append(&left, t);
-            continue;
-        } else
+        if (!late && !stop && !lane->free_events)
+            break; /* who comes later may be late already, and hears of it when it is its turn */
+        lane->waiting.head = t->next;
+        if (late || stop)
+            finish(lane, t, stop ? MKV_COPY_CLOSED : MKV_COPY_LATE);
+        else
             issue(lane, t);
         any = 1;
     }
-    lane->waiting = left;
     return any;
 }
 
@@ -172,11 +166,13 @@ static int collect(struct mkv_lane *lane) {
 /* Sleeps until something is submitted, or for a moment if there are events to look at. */
 static int rest(struct mkv_lane *lane, int any) {
     pthread_mutex_lock(&lane->lock);
-    if (!any && !lane->inbox.head) {
+    lane->in_vain = any || lane->inbox.head ? 0 : lane->in_vain + 1;
+    if (lane->in_vain) {
         if (lane->waiting.head || lane->issued.head) {
             struct timespec ts;
             clock_gettime(CLOCK_MONOTONIC, &ts);
-            ts.tv_nsec += POLL_NS;
+            uint32_t grown = lane->in_vain / PATIENCE;
+            ts.tv_nsec += POLL_NS << (grown < 5 ? grown : 5);
             if (ts.tv_nsec >= 1000000000) {
                 ts.tv_nsec -= 1000000000;
                 ts.tv_sec++;

@@ -1,13 +1,13 @@
 /* copier.h: copies between host slots and device memory, many at a time, by one thread for each way.
  *
- *   submit(transfer) ─► waiting ──────────► issued: copy, copy, …, record(event) ──► done list + eventfd
- *                        until its `after`   adjacent copies become one               when the event is
- * reached event is reached, or its deadline has passed: then nothing of it is issued
+ *   submit(transfer) ─► waiting ─────────► issued: copy, copy, …, record(event) ──► done list + eventfd
+ *                        for an event;      adjacent copies become one               when the event is
+ * reached not for ever
  *
  * A *transfer* is an array of copies, all one way. The lane's thread calls the driver through pointers
  * (struct mkv_copy_driver): those of libcuda, or those of hostcopy.h, which stand in for them where there is
- * no GPU. It never waits inside the driver: it asks for events, and sleeps POLL_NS between the questions. So
- * a stream that hangs costs nobody but those who wait for it, and what comes later is issued at once.
+ * no GPU. It never waits inside the driver: it asks for events, and sleeps POLL_NS between the questions, so
+ * that what comes meanwhile is issued at once.
  *
  * `done` is set only when no copy of the transfer can be under way any more. Once a copy has been issued
  * there is no taking it back: it is waited for whatever the deadline says. A driver that reports an error for
@@ -41,9 +41,7 @@ struct mkv_copy { /* 24 B */
 struct mkv_transfer { /* kept alive by whoever submitted it, with all that it points to, until it is done */
     const struct mkv_copy *copies;
     uint8_t *ok;          /* n bytes, zeroed; when done: 1 where the copy is in place */
-    void *after;          /* an event that has to be reached before the first copy; may be NULL */
-    uint64_t deadline_ns; /* mkv_now_ns */
-    uint64_t ticket;
+    uint64_t deadline_ns; /* mkv_now_ns: after that nothing of it is issued */
     uint32_t n;
     uint32_t good; /* when done: how many copies are in place */
     int32_t rc;    /* when done: why not all of them; 0, the driver's error, or MKV_COPY_LATE, _CLOSED */

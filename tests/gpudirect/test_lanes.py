@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from memkv.gpudirect.copier import COPY, IN_STREAM, LATE, Lane, Outcome, open_device, stream_handle
+from memkv.gpudirect.copier import COPY, IN_STREAM, LATE, Lane, Mark, Outcome, open_device, stream_handle
 from memkv.gpudirect.copier_host import HostDevice, HostStream
-from memkv.rdma.errors import LocalError, MemKVError
+from memkv.rdma.errors import DeviceError, LocalError, MemKVError
+
+from ..gpus import produce
 
 pytestmark = pytest.mark.asan
 
@@ -61,7 +63,7 @@ def test_what_was_copied_is_there(device: HostDevice, step: int) -> None:
     dst = np.zeros_like(src)
 
     async def body(lane: Lane) -> None:
-        outcome = await lane.copy(copies_of(dst, src, step), None, 5)
+        outcome = await lane.copy(copies_of(dst, src, step), 5)
         assert outcome.ok.all()
         assert outcome.rc == 0
 
@@ -77,7 +79,7 @@ def test_only_neighbours_on_both_sides_become_one_copy(device: HostDevice) -> No
     dst = np.zeros_like(src)
 
     async def body(lane: Lane) -> None:
-        assert (await lane.copy(copies_of(dst, src, 64, [0, 1, 4, 5, 7, 6, 3, 2]), None, 5)).ok.all()
+        assert (await lane.copy(copies_of(dst, src, 64, [0, 1, 4, 5, 7, 6, 3, 2]), 5)).ok.all()
 
     assert with_lane(device, body).stats()["calls"] == 6  # 0 1, 4 5, 7, 6, 3, 2
     assert np.array_equal(dst, src)
@@ -87,10 +89,10 @@ def test_empty_transfers_and_empty_copies(device: HostDevice) -> None:
     here = np.zeros(1, np.uint8)
 
     async def body(lane: Lane) -> None:
-        assert len((await lane.copy(np.zeros(0, COPY), None, 5)).ok) == 0
+        assert len((await lane.copy(np.zeros(0, COPY), 5)).ok) == 0
         nothing = np.zeros(3, COPY)
         nothing["dst"] = nothing["src"] = here.ctypes.data
-        assert (await lane.copy(nothing, None, 5)).ok.all()
+        assert (await lane.copy(nothing, 5)).ok.all()
 
     with_lane(device, body)
     assert device.into.counts == (0, 0)
@@ -103,7 +105,7 @@ def test_transfers_are_issued_while_earlier_ones_are_under_way(device: HostDevic
 
     async def body(lane: Lane) -> None:
         each = [copies_of(dst, src, 64)[i : i + 1] for i in range(100)]
-        tasks = [asyncio.ensure_future(lane.copy(c, None, 20)) for c in each]
+        tasks = [asyncio.ensure_future(lane.copy(c, 20)) for c in each]
         while device.into.counts[0] < IN_STREAM:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
@@ -122,7 +124,7 @@ def test_what_is_in_the_stream_is_waited_for_beyond_the_deadline(device: HostDev
     device.into.hold()
 
     async def body(lane: Lane) -> None:
-        task = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64), None, 0.05))
+        task = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64), 0.05))
         await asyncio.sleep(0.3)
         assert not task.done()
         device.into.hold(False)
@@ -139,10 +141,10 @@ def test_what_is_not_in_the_stream_at_the_deadline_never_gets_there(device: Host
 
     async def body(lane: Lane) -> None:
         each = copies_of(dst, src, 64)
-        first = [asyncio.ensure_future(lane.copy(each[i : i + 1], None, 20)) for i in range(IN_STREAM)]
+        first = [asyncio.ensure_future(lane.copy(each[i : i + 1], 20)) for i in range(IN_STREAM)]
         while device.into.counts[0] < IN_STREAM:
             await asyncio.sleep(0.001)
-        late = await lane.copy(each[IN_STREAM:], None, 0.05)
+        late = await lane.copy(each[IN_STREAM:], 0.05)
         assert not late.ok.any()
         assert late.rc == LATE
         device.into.hold(False)
@@ -152,69 +154,33 @@ def test_what_is_not_in_the_stream_at_the_deadline_never_gets_there(device: Host
     assert not dst[-64:].any()
 
 
-def test_nothing_is_copied_before_the_mark_is_reached(device: HostDevice) -> None:
-    theirs = HostStream()
-    data, src, dst = random_bytes(64), np.zeros(64, np.uint8), np.zeros(64, np.uint8)
-
-    async def body(lane: Lane) -> None:
-        theirs.hold()
-        assert produce(theirs, src, data) == 0
-        mark = device.mark(theirs)
-        task = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64), mark, 20))
-        other = np.zeros(64, np.uint8)
-        assert (await lane.copy(copies_of(other, data, 64), None, 5)).ok.all()  # overtakes it
-        assert not task.done()
-        assert not mark.reached()
-        theirs.hold(False)
-        assert (await task).ok.all()
-        assert mark.reached()
-        mark.close()
-        mark.close()
-
-    with_lane(device, body)
-    assert np.array_equal(dst, data)
-
-
-def produce(stream: HostStream, dst: Bytes, src: Bytes) -> int:
-    """Work on a stream of the application's: a copy."""
-    from memkv.gpudirect.native._copier import ffi, lib
-
-    driver = ffi.new("struct mkv_copy_driver *")
-    lib.mkv_copy_host(driver)
-    rc: int = driver.copy(dst.ctypes.data, src.ctypes.data, len(src), ffi.cast("void *", stream.ptr))
-    return rc
-
-
-def test_a_mark_that_is_not_reached_in_time(device: HostDevice) -> None:
+def test_marks(device: HostDevice) -> None:
     theirs = HostStream()
     src, dst = random_bytes(64), np.zeros(64, np.uint8)
+    theirs.hold()
+    produce(theirs, dst, src)
+    first, dropped = device.mark(theirs), device.mark(theirs)
+    assert not first.reached()
+    dropped.close()  # while the stream still has it
+    dropped.close()
+    theirs.hold(False)
+    while not first.reached():
+        time.sleep(0.001)
+    assert np.array_equal(dst, src)
+    theirs.lose(0, 700)
+    produce(theirs, dst, src)
+    second = device.mark(theirs)
+    while not lost(second):
+        time.sleep(0.001)
 
-    async def body(lane: Lane) -> None:
-        theirs.hold()
-        mark = device.mark(theirs)
-        outcome = await lane.copy(copies_of(dst, src, 64), mark, 0.05)
-        assert outcome.rc == LATE
-        mark.close()  # while the stream still has it
-        theirs.hold(False)
 
-    with_lane(device, body)
-    assert not dst.any()
-    assert device.into.counts == (0, 0)
-
-
-def test_a_stream_that_is_lost_under_a_mark(device: HostDevice) -> None:
-    theirs = HostStream()
-    data, dst = random_bytes(64), np.zeros(64, np.uint8)
-
-    async def body(lane: Lane) -> None:
-        theirs.lose(0, 700)
-        produce(theirs, np.zeros(64, np.uint8), data)
-        outcome = await lane.copy(copies_of(dst, data, 64), device.mark(theirs), 5)
-        assert outcome.rc == 700
-        assert not outcome.ok.any()
-
-    with_lane(device, body)
-    assert not dst.any()
+def lost(mark: Mark) -> bool:
+    try:
+        assert not mark.reached()
+    except DeviceError as exc:
+        assert "700" in str(exc)
+        return True
+    return False
 
 
 @pytest.mark.parametrize("adjacent", [True, False])
@@ -225,7 +191,7 @@ def test_a_copy_that_is_refused_fails_alone(device: HostDevice, adjacent: bool) 
     device.into.refuse(0, 1)  # adjacent: the one call for all; then each is tried by itself
 
     async def body(lane: Lane) -> None:
-        outcome = await lane.copy(copies_of(dst, src, 64, order), None, 5)
+        outcome = await lane.copy(copies_of(dst, src, 64, order), 5)
         assert outcome.rc == 1
         if adjacent:
             assert outcome.ok.all()
@@ -245,12 +211,12 @@ def test_a_stream_that_is_lost_fails_all_of_a_transfer(device: HostDevice) -> No
 
     async def body(lane: Lane) -> None:
         shuffled = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
-        outcome = await lane.copy(copies_of(dst, src, 64, shuffled), None, 5)
+        outcome = await lane.copy(copies_of(dst, src, 64, shuffled), 5)
         assert outcome.rc == 719
         assert not outcome.ok.any()
-        assert (await lane.copy(copies_of(dst, src, 64), None, 5)).rc == 719
+        assert (await lane.copy(copies_of(dst, src, 64), 5)).rc == 719
         device.into.lose(0, 0)
-        assert (await lane.copy(copies_of(dst, src, 64), None, 5)).ok.all()
+        assert (await lane.copy(copies_of(dst, src, 64), 5)).ok.all()
 
     with_lane(device, body)
 
@@ -261,7 +227,7 @@ def test_cancelling_waits_for_the_copy(device: HostDevice) -> None:
     device.into.hold()
 
     async def body(lane: Lane) -> None:
-        task = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64), None, 5))
+        task = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64), 5))
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.sleep(0.05)
@@ -282,11 +248,11 @@ def test_closing_waits_for_what_is_in_the_stream(device: HostDevice) -> None:
 
     async def main() -> None:
         lane.attach(asyncio.get_running_loop())
-        under_way = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64, [3, 1, 0, 2]), None, 5))
+        under_way = asyncio.ensure_future(lane.copy(copies_of(dst, src, 64, [3, 1, 0, 2]), 5))
         await asyncio.sleep(0.02)
         lane.detach()
         with pytest.raises(LocalError, match="not attached"):
-            await lane.copy(copies_of(dst, src, 64), None, 5)
+            await lane.copy(copies_of(dst, src, 64), 5)
         lane.close()
         assert np.array_equal(dst, src)
         lane.close()
@@ -306,7 +272,7 @@ def test_many_at_once(device: HostDevice) -> None:
             mine = slice(i * 4096, (i + 1) * 4096)
             rng = np.random.default_rng(i)
             return [
-                await lane.copy(copies_of(dst[mine], src[mine], 64, list(rng.permutation(64))), None, 20)
+                await lane.copy(copies_of(dst[mine], src[mine], 64, list(rng.permutation(64))), 20)
                 for _ in range(5)
             ]
 
