@@ -15,7 +15,7 @@ from ..rdma.errors import LocalError
 from ..store.config import FlashPath
 from ..store.flash.prepare import format_devices
 from ..store.flash.scrub import Report, scrub
-from .status import _bytes
+from .status import size
 
 Step = Callable[[str, int, int], None]
 
@@ -51,13 +51,13 @@ def make(
     """
     if len({path.path for path in paths}) != len(paths):
         raise LocalError("a path is named twice", "PATH[:SIZE], each once")
-    with progress_bar(_bytes) as step:
+    with progress_bar(size) as step:
         blocks = format_devices(paths, force=force, segment_bytes=segment_bytes, progress=step)
     table = Table(title=f"flash store {blocks[0].store.hex()}", title_justify="left")
     for title in ("device", "used", "segments", "of"):
         table.add_column(title, justify="left" if title == "device" else "right", overflow="fold")
     for path, block in zip(paths, blocks, strict=True):
-        table.add_row(str(path.path), _bytes(block.size), str(block.segments), _bytes(block.segment_bytes))
+        table.add_row(str(path.path), size(block.size), str(block.segments), size(block.segment_bytes))
     console.print(table)
     return [asdict(block) for block in blocks]
 
@@ -87,7 +87,7 @@ def show(report: Report, console: Console) -> None:
         table.add_column(title, justify="right")
     for name, n in report.namespaces.items():
         style = "bold red" if n.bad else ""
-        table.add_row(name, str(n.checked), str(n.bad), str(n.blocks), _bytes(n.bytes), style=style)
+        table.add_row(name, str(n.checked), str(n.bad), str(n.blocks), size(n.bytes), style=style)
     console.print(table if report.namespaces else "no namespaces")
     devices = Table(title="devices", title_justify="left")
     devices.add_column("path", overflow="fold")

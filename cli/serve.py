@@ -18,6 +18,7 @@ from ..rdma.errors import LocalError
 from ..store.config import NodeConfig, is_loopback
 from ..store.node import Node
 from .options import written
+from .status import device_state, flash_summary, size
 
 log = logging.getLogger("memkv.node")
 
@@ -101,10 +102,28 @@ def describe(node: Node, clock_reason: str) -> dict[str, str]:
         "fabric": f"{node.fabric.name}: {node.fabric.reason}",
         "memory": f"{memory['bytes'] >> 20} MiB in slabs of {memory['slab_bytes'] >> 20} MiB",
         "pages": f"{memory['pages']} ({memory['pages_reason']})",
+        **_flash(status),
         "clock": f"{config.clock}: {clock_reason}",
         "access": access,
         "metrics": f"http://{written(metrics)}/metrics" if metrics else "off (--metrics HOST:PORT)",
     }
+
+
+def _flash(status: dict[str, Any]) -> dict[str, str]:
+    """What there is of flash: a line for all of it, and one for each device."""
+    flash = status["flash"]
+    if not status["flash_devices"]:
+        return {"flash": "off (--flash PATH[:SIZE]): blocks live in memory only"}
+    lines = {"flash": f"{flash_summary(flash)}; {size(flash['dirty_max'])} may be dirty"}
+    for i, (path, d) in enumerate(status["flash_devices"].items()):
+        facts = ""
+        if "segments" in d:
+            used = f"{d['segments'] - d['segments_free']} of {d['segments']} segments in use"
+            facts = f"{size(d['bytes'])}, {used}, by {d['start']}, "
+        lines[f"flash {i}"] = f"{path}: {facts}{device_state(d)}"
+    if flash["scan_left"]:
+        lines["scan"] = f"{flash['scan_left']} headers are to be read; until then what is not found is a miss"
+    return lines
 
 
 def banner(facts: dict[str, str]) -> str:

@@ -63,6 +63,7 @@ class FlashStore:
         whole: bool = False,
     ) -> None:
         self.unusable: dict[str, str] = {}
+        self.dirty_max = dirty_max
         self.devices: list[OpenDevice] = []
         self.sharing = Sharing(self)
         self.names: dict[int, f.Name] = {}
@@ -184,7 +185,7 @@ class FlashStore:
     def _reject(self, path: os.PathLike[str], why: str, device: Device | None) -> None:
         if device:
             device.discard()
-        self.unusable[str(path)] = why
+        self.unusable[str(path)] = why.removeprefix(f"{path}: ")  # it is said beside its path
         log.error("flash %s: %s", path, why)
 
     def _nothing(self) -> DeviceError:
@@ -495,6 +496,7 @@ class FlashStore:
             out[str(d.device.path)] = {
                 "failed": d.failed or ("I/O errors" if stats.failed else ""),
                 "shortened": d.shortened,
+                "start": "scan" if d.records is None else "snapshot",
                 "direct": d.device.direct,
                 "reason": d.device.reason,
                 "bytes": d.super.size,

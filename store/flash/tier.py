@@ -268,11 +268,20 @@ class FlashTier:
         """Flat: the engine, the core's figures, and how far a scan is."""
         engine, reason = self.store.engine()
         devices = self.store.describe()
+        good = [d for d in devices.values() if not d["failed"]]
+        tenants = [space.flash.stats() for space in self._spaces() if space.flash]
         return {
             "engine": engine,
             "reason": reason,
             "devices": len(devices),
-            "devices_out": sum(bool(d.get("failed")) for d in devices.values()),
+            "devices_out": len(devices) - len(good),
+            "bytes": sum(int(d["segments"]) * int(d["segment_bytes"]) for d in good),
+            "bytes_free": sum(int(d["segments_free"]) * int(d["segment_bytes"]) for d in good),
+            "live_blocks": sum(n["flash_blocks"] for n in tenants),
+            "live_bytes": sum(n["flash_bytes"] for n in tenants),
+            "evicted_blocks": sum(n["flash_evictions"] for n in tenants),
+            "evicted_bytes": sum(n["flash_evicted_bytes"] for n in tenants),
+            "dirty_max": self.store.dirty_max,
             "degraded": self.degraded(),
             "scan_left": self.scanning,
             "stages": self.staging.under_way,
