@@ -44,7 +44,6 @@ GPU_DIRECT_RDMA_WRITES_ORDERING = 118
 DMA_BUF_SUPPORTED = 124
 
 # CUpointer_attribute
-_CONTEXT = 1
 _MEMORY_TYPE = 2
 _SYNC_MEMOPS = 6
 _BUFFER_ID = 7
@@ -70,6 +69,7 @@ _DMA_BUF_FD = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 _MAPPING_PCIE = 1  # CU_MEM_RANGE_FLAG_DMA_BUF_MAPPING_TYPE_PCIE, from 12.8 on
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_CTX_SYNC_MEMOPS = 0x80  # CU_CTX_SYNC_MEMOPS, with cuCtxSetFlags from 12.1 on
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTALLOC_PORTABLE: pinned for every context
 
 _ERRNO = {  # for callers that decide by errno; CUDA's own number is in DriverError.code
@@ -102,7 +102,8 @@ int cuDevicePrimaryCtxRetain(CUptr *context, CUdevice device);
 int cuCtxPushCurrent_v2(CUptr context);
 int cuCtxPopCurrent_v2(CUptr *context);
 int cuCtxGetCurrent(CUptr *context);
-int cuCtxGetDevice(CUdevice *device);
+int cuCtxGetFlags(unsigned int *flags);
+int cuCtxSetFlags(unsigned int flags);
 
 int cuPointerGetAttribute(void *data, int attribute, CUptr pointer);
 int cuPointerGetAttributes(unsigned int n, int *attributes, void **data, CUptr pointer);
@@ -358,6 +359,13 @@ class Driver:
         out = _ffi.new("CUptr *")
         self._call("cuCtxGetCurrent", out)
         return int(out[0])
+
+    def ctx_set_sync_memops(self) -> None:
+        """As :meth:`set_sync_memops`, for all memory of the current context: all there is for cuMemMap's."""
+        flags = _ffi.new("unsigned int *")
+        self._call("cuCtxGetFlags", flags)
+        if not flags[0] & _CTX_SYNC_MEMOPS:
+            self._call("cuCtxSetFlags", flags[0] | _CTX_SYNC_MEMOPS)
 
     # --- pointers ---
 

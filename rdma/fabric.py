@@ -198,6 +198,24 @@ class Domain(ABC):
         made = self._register_device(address, length, access, dma_buf)
         return self._enter(made, address, length, access, owner, region_id, base=0)
 
+    def window(
+        self, of: Region, address: int, length: int, *, owner: object = None, region_id: int | None = None
+    ) -> Region:
+        """A region over a part of another, with its keys: several buffers may share one registration. Only
+        bounds in software keep the other side inside it. Close it before the other.
+
+        :param address: the memory's own, as in ``of.address``.
+        """
+        offset = address - of.address
+        if length <= 0 or offset < 0 or offset + length > of.length:
+            raise LocalError("a window must lie inside its region")
+        entry = lib.mkv_table_at(self.table.ptr, of.id)
+        rails = [entry.rail[i] for i in range(entry.nrails)]
+        keys = [(int(r.iova) + offset, int(r.lkey), int(r.rkey)) for r in rails]
+        base = int(entry.base) + offset if entry.base else 0
+        made: Registered = [], keys, int(entry.secret)
+        return self._enter(made, address, length, of.access, owner, region_id, base)
+
     def _enter(
         self,
         made: Registered,
