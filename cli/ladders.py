@@ -6,11 +6,12 @@ A rung that is not taken says what to do about it: a command or a package to ins
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from ..rdma import devices
 from ..rdma.clock import hypervisor
-from ..rdma.memory import HUGE
+from ..rdma.memory import HUGE, try_transparent
 from ..store.config import NodeConfig
 from . import cuda, host
 
@@ -136,8 +137,11 @@ def gpu(found: cuda.Cuda) -> tuple[Ladder, Ladder]:
 # --- memory ---
 
 
-def pages(memory: int, huge: bool | None) -> Ladder:
-    """For an arena of ``memory`` bytes."""
+def pages(memory: int, huge: bool | None, try_it: Callable[[], tuple[int, int]] = try_transparent) -> Ladder:
+    """For an arena of ``memory`` bytes, and for buffers that peers and benchmarks map.
+
+    :param try_it: (bytes in huge pages, of how many) of a mapping for which they were advised.
+    """
     need = -(-memory // HUGE)
     kept = {w[0]: int(w[1]) for w in map(str.split, host.read("proc/meminfo").splitlines()) if len(w) > 1}
     free, total = kept.get("HugePages_Free:", 0), kept.get("HugePages_Total:", 0)
@@ -157,19 +161,25 @@ def pages(memory: int, huge: bool | None) -> Ladder:
     mode = host.read("sys/kernel/mm/transparent_hugepage/enabled")
     offered = "[always]" in mode or "[madvise]" in mode
     other = huge is not True
+    thp = f"/sys/kernel/mm/transparent_hugepage/enabled: {mode or 'not there'}"
+    if offered and huge is not False:
+        given, of = try_it()
+        thp += f"; advised for {of >> 20} MiB, {given >> 20} MiB were given"
     return Ladder(
         "pages",
-        "the pages of the arena",
+        "the pages of the arena and of buffers",
         (
             Rung("explicit huge pages", enough, why, do),
             Rung(
                 "transparent huge pages",
                 offered and other and huge is not False,
-                f"/sys/kernel/mm/transparent_hugepage/enabled: {mode or 'not there'}",
+                "--huge false was given" if huge is False else thp,
                 "" if offered or not mode else "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
             ),
             Rung(
-                "4 KiB pages", other, "--huge true was given" if huge else "always there; slower to register"
+                "4 KiB pages",
+                other,
+                "--huge true was given" if huge else "always there; 256 to pin for a MiB",
             ),
         ),
     )

@@ -268,8 +268,10 @@ def test_pages(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
 
-    ladder = ladders.pages(1024 * MIB, huge)
+    ladder = ladders.pages(1024 * MIB, huge, lambda: (3 * MIB, 8 * MIB))
 
+    tried = "advised for 8 MiB, 3 MiB were given" in ladder.rungs[1].why
+    assert tried == (huge is not False and "[never]" not in thp and bool(thp))
     assert (ladder.taken.name if ladder.taken else None) == taken
     assert do in ladder.rungs[0].do
 
