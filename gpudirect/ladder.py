@@ -167,6 +167,11 @@ def _obstacle(a: Answers, name: str, direction: Direction) -> str:
     return ""
 
 
+def _names(a: Answers) -> tuple[str, str]:
+    taken = decide(a)
+    return taken.get.name, taken.put.name
+
+
 def _tried(a: Answers, name: str) -> Tried:
     return a.dma_buf if name == "dma-buf" else a.by_peermem
 
@@ -195,6 +200,7 @@ class Ladder:
     _lost: dict[tuple[str, Direction], str] = field(default_factory=dict)
     _wait: float = FIRST_RETRY
     _next: float = 0.0
+    _failed_at: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def decision(self, memory: str = "") -> Decision:
@@ -215,8 +221,13 @@ class Ladder:
             if self.answers is None:
                 self._ask()
             assert self.answers is not None
+            now = self.clock()
+            if now - self._failed_at > 2 * LAST_RETRY:
+                self._wait = FIRST_RETRY  # it has worked for long
             self._lost[rung, direction] = f"failed in use: {why}"
-            self._next = self.clock() + self._wait
+            self._failed_at = now
+            self._next = now + self._wait
+            self._wait = min(LAST_RETRY, self._wait * 2)
             return decide(self.answers, self._lost)
 
     def _due(self) -> bool:
@@ -226,11 +237,13 @@ class Ladder:
         return not best and self.clock() >= self._next
 
     def _ask(self) -> None:
-        """The longer nothing better is found, the later it is looked for again."""
-        before = decide(self.answers, self._lost) if self.answers else None
-        self._lost = {}
+        """The longer nothing better is found, or what is found fails in use, the later it is tried again."""
+        before = self.answers and _names(self.answers)
+        failed, self._lost = bool(self._lost), {}
         self.answers = self.probe()
         self.probes += 1
-        now = decide(self.answers)
-        self._wait = min(LAST_RETRY, self._wait * 2) if now == before else FIRST_RETRY
+        if _names(self.answers) != before:
+            self._wait = FIRST_RETRY
+        elif not failed:
+            self._wait = min(LAST_RETRY, self._wait * 2)
         self._next = self.clock() + self._wait

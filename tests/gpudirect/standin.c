@@ -34,7 +34,7 @@ static struct {
 
 static char logged[1 << 16];
 static uint64_t next_id = 100, next_handle = 0x1000;
-static int held, initialised, attribute[200], context_flags;
+static int held, plain, initialised, attribute[200], context_flags;
 static P context[2] = {0xc0, 0xc1}, stack[16];
 static int depth;
 
@@ -77,16 +77,25 @@ void standin_fail(const char *name, int rc) {
         }
 }
 void standin_reset(void) {
+    for (int i = 0; i < MAX; i++)
+        if (table[i].start) {
+            munmap((void *)table[i].start, table[i].mapped);
+            close(table[i].fd);
+        }
+    memset(table, 0, sizeof table);
     memset(failing, 0, sizeof failing);
     memset(attribute, 0, sizeof attribute);
     logged[0] = 0;
-    held = context_flags = 0;
+    held = plain = context_flags = 0;
 }
 const char *standin_log(void) {
     return logged;
 }
 void standin_clear(void) {
     logged[0] = 0;
+}
+void standin_plain(int on) {
+    plain = on;
 }
 void standin_hold(int on) {
     held = on;
@@ -278,6 +287,10 @@ int cuMemGetHandleForAddressRange(void *handle, P p, size_t size, int type, unsi
     note("export +%#zx %#zx flags %llu\n", a ? (size_t)(p - a->start) : 0, size, flags);
     if (!a || type != 1 || p % 4096 || size % 4096 || p + size > a->start + a->mapped)
         return 1;
+    if (plain) { /* a file descriptor, and no dma-buf: for tests that register it nowhere */
+        *(int *)handle = dup(a->fd);
+        return 0;
+    }
     int device = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
     if (device < 0)
         return 801;
