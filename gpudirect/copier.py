@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,12 @@ from ..rdma.errors import DeviceError, LocalError
 from ..rdma.jobs import now_ns
 from .native._copier import ffi, lib
 
+if TYPE_CHECKING:
+    from ..rdma.fabric import Domain, Fabric, Region
+    from .buffers import Memory
+    from .ladder import Decision, Direction
+
+Words = npt.NDArray[np.uint64]
 COPY = np.dtype([("dst", "<u8"), ("src", "<u8"), ("nbytes", "<u8")])
 LATE: int = lib.MKV_COPY_LATE
 CLOSED: int = lib.MKV_COPY_CLOSED
@@ -141,6 +147,14 @@ class Lane:
             self._release()
 
 
+class Window(Protocol):
+    """Device memory as a region of the fabric's; ``close`` it when no batch uses it any more."""
+
+    region: Region
+
+    def close(self) -> None: ...
+
+
 class Device(ABC):
     """A GPU, or what stands in for one. ``name`` is like "cuda:0"."""
 
@@ -172,6 +186,36 @@ class Device(ABC):
     @abstractmethod
     def explain(self, rc: int) -> str:
         """A driver's error as text."""
+
+    # --- without staging, where a NIC reaches it ---
+
+    @abstractmethod
+    def decide(self, fabric: Fabric, memory: Memory) -> Decision:
+        """The rungs to take for this memory; may have to ask the machine first, for seconds."""
+
+    @abstractmethod
+    def failed(self, rung: str, direction: Direction, why: str) -> Decision:
+        """A rung that was decided for could not be taken: the rungs to take instead."""
+
+    @abstractmethod
+    def acquire(self, domain: Domain, memory: Memory, remote_read: bool, rung: str, id: int) -> Window:
+        """Registers memory by a rung, as region ``id``. :raises NotRegistered: it does not work."""
+
+    @abstractmethod
+    def stale(self, windows: Sequence[Any]) -> list[Any]:
+        """Those (of its own making) whose memory was freed meanwhile; asked once a batch."""
+
+    @abstractmethod
+    def visible(self) -> None:
+        """Returns when what a NIC has written is visible to work that is launched from now on."""
+
+    @abstractmethod
+    def unverifiable(self) -> str:
+        """Why checksums cannot be computed on it; empty if they can."""
+
+    @abstractmethod
+    def verify(self, address: Words, length: Words, expected: Words) -> npt.NDArray[np.bool_]:
+        """Computes the payload checksums of blocks on the device: where they agree. Blocks its thread."""
 
 
 def stream_handle(stream: Any) -> int:

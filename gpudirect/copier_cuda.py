@@ -6,32 +6,34 @@ stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ..rdma.errors import DeviceError
-from . import driver
-from .copier import IN_STREAM, Device, Lane, Mark, stream_handle
+import numpy as np
+import numpy.typing as npt
+
+from ..rdma.errors import DeviceError, LocalError
+from ..rdma.fabric import Domain, Fabric
+from . import checksum, driver, kernels
+from .buffers import Memory
+from .copier import IN_STREAM, Device, Lane, Mark, Window, Words
+from .ladder import Decision, Direction, Ladder
 from .native._copier import ffi, lib
+from .order import After, Before
+from .probe import ask
+from .registry import Registry
 
 
 class _Mark(Mark):
-    def __init__(self, cuda: driver.Driver, device: int, stream: int) -> None:
-        self._cuda = cuda
-        self._device = device
-        self._handle: int | None = None
-        with cuda.on(device):
-            self._handle = cuda.event_create()
-            cuda.event_record(self._handle, stream)
+    def __init__(self, cuda: driver.Driver, device: int, stream: Any) -> None:
+        self._before = Before(cuda, device, stream)
 
     def reached(self) -> bool:
-        with self._cuda.on(self._device):
-            return self._handle is None or self._cuda.event_query(self._handle)
+        return self._before.reached()
 
     def close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with self._cuda.on(self._device):
-                self._cuda.event_destroy(handle)
+        if hasattr(self, "_before"):
+            self._before.close()
 
 
 class CudaDevice(Device):
@@ -43,6 +45,10 @@ class CudaDevice(Device):
         self.name = f"cuda:{index}"
         self.index = index
         self._cuda = driver.load()
+        self._ladder: Ladder | None = None
+        self._registry = Registry(self._cuda)
+        self._after = After(self._cuda, index)
+        self._verifying: Any = None  # a stream of CuPy's
 
     def lane(self, into_device: bool) -> Lane:
         functions = ffi.new("struct mkv_copy_driver *")
@@ -72,7 +78,7 @@ class CudaDevice(Device):
             self._cuda.host_unregister(address)
 
     def mark(self, stream: Any) -> Mark:
-        return _Mark(self._cuda, self.index, stream_handle(stream))
+        return _Mark(self._cuda, self.index, stream)
 
     def allocation_id(self, address: int) -> int:
         try:
@@ -82,3 +88,40 @@ class CudaDevice(Device):
 
     def explain(self, rc: int) -> str:
         return self._cuda.error_text(rc)
+
+    # --- without staging ---
+
+    def decide(self, fabric: Fabric, memory: Memory) -> Decision:
+        if self._ladder is None:
+            self._ladder = Ladder(lambda: ask(fabric, self.index))
+        return self._ladder.decision(memory.reason)
+
+    def failed(self, rung: str, direction: Direction, why: str) -> Decision:
+        assert self._ladder is not None
+        return self._ladder.failed(rung, direction, why)
+
+    def acquire(self, domain: Domain, memory: Memory, remote_read: bool, rung: str, id: int) -> Window:
+        way: Any = rung
+        return self._registry.acquire(domain, memory, remote_read=remote_read, way=way, region_id=id)
+
+    def stale(self, windows: Sequence[Any]) -> list[Any]:
+        return self._registry.stale(windows)
+
+    def visible(self) -> None:
+        self._after.visible()
+
+    def unverifiable(self) -> str:
+        try:
+            kernels.cupy()
+        except LocalError as exc:
+            return str(exc)
+        return ""
+
+    def verify(self, address: Words, length: Words, expected: Words) -> npt.NDArray[np.bool_]:
+        cupy = kernels.cupy()
+        with cupy.cuda.Device(self.index):
+            if self._verifying is None:
+                self._verifying = cupy.cuda.Stream(non_blocking=True)
+            agreed = checksum.verify(address, length, expected, stream=self._verifying)
+            out: npt.NDArray[np.bool_] = agreed.get(stream=self._verifying) != 0
+        return out

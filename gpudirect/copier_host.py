@@ -5,11 +5,21 @@ For tests, and for trying the staging pipeline out. Streams can be held, slowed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..rdma.errors import DeviceError
-from .copier import IN_STREAM, Device, Lane, Mark
+import numpy as np
+import numpy.typing as npt
+
+from ..rdma.errors import DeviceError, LocalError
+from ..rdma.fabric import Domain, Fabric, Region
+from .buffers import Memory
+from .copier import IN_STREAM, Device, Lane, Mark, Window, Words, stream_handle
+from .ladder import Decision, Direction, Rung
 from .native._copier import ffi, lib
+
+STAGED = Rung("staged", "a stand-in for a GPU is always staged, unless a test says otherwise")
 
 
 class HostStream:
@@ -70,6 +80,14 @@ class _Mark(Mark):
         lib.mkv_hostevent_free(event)
 
 
+@dataclass(slots=True)
+class _Window:
+    region: Region
+
+    def close(self) -> None:
+        self.region.close()
+
+
 class HostDevice(Device):
     """See the module. ``into`` and ``out`` are the streams of its lanes, ``pinned`` what was pinned."""
 
@@ -79,6 +97,9 @@ class HostDevice(Device):
         self.out = HostStream()
         self.pinned: dict[int, int] = {}
         self.allocations: dict[int, int] = {}  # ids by address, where a test has set them
+        self.freed: set[int] = set()  # addresses
+        self.decision = Decision(STAGED, STAGED)
+        self.flushes = 0
         self._driver = ffi.new("struct mkv_copy_driver *")
         lib.mkv_copy_host(self._driver)
 
@@ -100,8 +121,6 @@ class HostDevice(Device):
         del self.pinned[address]
 
     def mark(self, stream: Any) -> Mark:
-        from .copier import stream_handle
-
         return _Mark(self._driver, stream_handle(stream))
 
     def allocation_id(self, address: int) -> int:
@@ -109,3 +128,29 @@ class HostDevice(Device):
 
     def explain(self, rc: int) -> str:
         return f"error {rc} of the stand-in for a GPU"
+
+    def decide(self, fabric: Fabric, memory: Memory) -> Decision:
+        return self.decision
+
+    def failed(self, rung: str, direction: Direction, why: str) -> Decision:
+        self.decision = replace(self.decision, **{direction: Rung("staged", f"{rung}: {why}")})
+        return self.decision
+
+    def acquire(self, domain: Domain, memory: Memory, remote_read: bool, rung: str, id: int) -> Window:
+        """As ordinary host memory, which it is."""
+        region = domain.register(
+            memory.address, memory.nbytes, remote_read=remote_read, owner=memory.owner, region_id=id
+        )
+        return _Window(region)
+
+    def stale(self, windows: Sequence[Any]) -> list[Any]:
+        return [w for w in windows if w.region.address in self.freed]
+
+    def visible(self) -> None:
+        self.flushes += 1
+
+    def unverifiable(self) -> str:
+        return "the stand-in for a GPU has no kernels"
+
+    def verify(self, address: Words, length: Words, expected: Words) -> npt.NDArray[np.bool_]:
+        raise LocalError(self.unverifiable())

@@ -54,11 +54,30 @@ class Batch:
 
     :param slices: dtype SLICE, one per key; None: only look the keys up.
     :param checksum: verify payload checksums. :param fresh: do not trust the location cache.
+    :param checksums: (n,) uint64, receives what the HITs' payload checksums have to be.
     """
 
-    __slots__ = ("checksum", "elapsed_us", "fresh", "keys", "lengths", "slices", "status", "under_way")
+    __slots__ = (
+        "checksum",
+        "checksums",
+        "elapsed_us",
+        "fresh",
+        "keys",
+        "lengths",
+        "slices",
+        "status",
+        "under_way",
+    )
 
-    def __init__(self, keys: Keys, slices: Any, checksum: bool, fresh: bool, timed: bool = False) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        slices: Any,
+        checksum: bool,
+        fresh: bool,
+        timed: bool = False,
+        checksums: npt.NDArray[np.uint64] | None = None,
+    ) -> None:
         n = len(keys)
         if slices is not None:
             check_slices(slices, n)
@@ -68,6 +87,7 @@ class Batch:
         self.fresh = fresh
         self.status = np.zeros(n, np.uint8)
         self.lengths = np.zeros(n, np.uint32)
+        self.checksums = checksums
         self.elapsed_us = np.zeros(n, np.uint32) if timed else None
         self.under_way: list[tuple[Session, ReadChannel, Index]] = []
 
@@ -82,6 +102,7 @@ class Batch:
         job.slices = _pointer("struct mkv_slice[]", self.slices)
         job.status = _pointer("uint8_t[]", self.status)
         job.lengths = _pointer("uint32_t[]", self.lengths)
+        job.checksums = _pointer("uint64_t[]", self.checksums)
         job.elapsed_us = _pointer("uint32_t[]", self.elapsed_us)
         job.strict_scratch = _pointer("uint32_t[]", strict)
         job.n = n

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .gpudirect.buffers import Memory
+from .gpudirect.copier import Window
+from .gpudirect.ladder import Rung
 from .rdma.errors import LocalError
 from .rdma.fabric import Region
 
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
 
 SLICE = np.dtype([("offset", "<u8"), ("region", "<u4"), ("length", "<u4")])
 Slices = npt.NDArray[np.void]
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """The way blocks go: "host", "dma-buf", "peermem", "staged", or "none"; and why that one."""
-
-    name: str
-    reason: str
 
 
 HOST = Rung("host", "host memory, which the fabric reaches")
@@ -36,8 +29,8 @@ class Buffer:
 
     Two regions lie over it: one that READs of gets may land in, which nobody else can reach, and one that
     nodes may READ puts from, into which nothing can be written. GPU memory has those that the fabric can
-    have; ``get_rung`` and ``put_rung`` say which way blocks go and why, ``device`` where the memory is: "cpu"
-    or "cuda:0".
+    have: ``get_rung`` and ``put_rung`` say which way blocks go ("host", "dma-buf", "peermem", "staged", or
+    "none") and why, ``device`` where the memory is: "cpu" or "cuda:0".
     """
 
     def __init__(
@@ -45,8 +38,8 @@ class Buffer:
         peer: Peer,
         id: int,
         memory: Memory,
-        into: Region | None,
-        out: Region | None,
+        into: Region | Window | None,
+        out: Region | Window | None,
         *,
         device: str = "cpu",
         get_rung: Rung = HOST,
@@ -67,11 +60,18 @@ class Buffer:
     @property
     def desc(self) -> Any:
         """What nodes need in order to pull from it; None where they cannot."""
-        return None if self._out is None else self._out.desc
+        if self._out is None:
+            return None
+        return self._out.desc if isinstance(self._out, Region) else self._out.region.desc
 
-    def is_staged(self, into: bool) -> bool:
-        """Whether blocks go through slots in host memory, on the way ``into`` it or out of it."""
-        return (self.get_rung if into else self.put_rung).name == "staged"
+    def window(self, into: bool) -> Window | None:
+        """How the fabric reaches GPU memory, on the way ``into`` it or out of it."""
+        found = self._into if into else self._out
+        return None if isinstance(found, Region) else found
+
+    def rung(self, into: bool) -> Rung:
+        """The way that blocks go ``into`` it, or out of it."""
+        return self.get_rung if into else self.put_rung
 
     def slices(self, offsets: npt.ArrayLike, lengths: npt.ArrayLike) -> Slices:
         """Slices of this buffer, dtype :data:`SLICE`, shape (n,).
@@ -101,9 +101,9 @@ class Buffer:
 
     def _release(self) -> None:
         """Gives regions and memory back; nobody uses them any more."""
-        for region in (self._into, self._out):
-            if region is not None:
-                region.close()
+        for held in (self._into, self._out):
+            if held is not None:
+                held.close()
         self._memory = None
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from .gets import Gets
 from .gpudirect import staging
 from .gpudirect.copier import Device, Mark, open_device
 from .gpudirect.staging import Addresses, Places
+from .parts import Part, Whole, parts, slices_of, was_freed
 from .rdma.errors import DeviceError, LocalError
 from .rdma.fabric import Region
 from .requests import Requests, check_put
@@ -177,6 +178,17 @@ class Gpu:
             )
         return self.device(names.pop()).mark(stream)
 
+    def _check_verifiable(self, slices: Slices) -> None:
+        for region in np.unique(slices["region"]).tolist():
+            buffer = self.buffers.get(region)
+            if buffer is None or buffer.window(True) is None:
+                continue
+            if why := self.device(buffer.device).unverifiable():
+                raise LocalError(
+                    f"checksum=True, for blocks that go straight to {buffer.device}: {why}",
+                    "connect(…, checksum=True): then its memory is staged, and the CPU verifies",
+                )
+
     def get(
         self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any
     ) -> Callable[[], Coroutine[Any, Any, Found]]:
@@ -184,6 +196,8 @@ class Gpu:
         caller's, and notes where ``stream`` is now.
         """
         check_slices(slices, len(keys))
+        if checksum:
+            self._check_verifiable(slices)
         until = time.monotonic() + seconds
         mark = self._mark(slices, stream)
 
@@ -196,10 +210,18 @@ class Gpu:
                 await self._gets.run_async(batch, until - time.monotonic())
                 status[index], lengths[index] = batch.status, batch.lengths
 
-            async def staged(stage: Stage, part: _Part) -> None:
+            async def direct(device: Device, index: Places) -> None:
+                due = np.zeros(len(index), np.uint64) if checksum else None
+                address = self._addresses(slices[index])
+                batch = Batch(keys[index], slices[index], False, False, checksums=due)
+                await self._gets.run_async(batch, until - time.monotonic())
+                await self._make_sure(device, batch, address)
+                status[index], lengths[index] = batch.status, batch.lengths
+
+            async def staged(stage: Stage, part: Part) -> None:
                 async def fetch(some: slice, offset: Addresses, seconds: float) -> Addresses:
                     index = part.index[some]
-                    slots = _slices(offset, stage.region.id, part.room[some])
+                    slots = slices_of(offset, stage.region.id, part.room[some])
                     got = Batch(keys[index], slots, checksum, False)
                     await self._gets.run_async(got, seconds)
                     status[index], lengths[index] = got.status, got.lengths
@@ -207,7 +229,7 @@ class Gpu:
 
                 await staging.get(stage.way, part, fetch, until)
 
-            await self._each(_Batch(keys, slices, status, True), mark, until, plain, staged)
+            await self._each(Whole(keys, slices, status, True), mark, until, plain, direct, staged)
             return status, lengths
 
         return partial(self._tracked, work, mark)
@@ -236,17 +258,41 @@ class Gpu:
             async def plain(index: Places) -> None:
                 await keep(index, slices[index], until - time.monotonic())
 
-            async def staged(stage: Stage, part: _Part) -> None:
+            async def direct(_: Device, index: Places) -> None:
+                await plain(index)
+
+            async def staged(stage: Stage, part: Part) -> None:
                 async def store(some: Places, offset: Addresses, seconds: float) -> None:
-                    slots = _slices(offset, stage.region.id, part.room[some])
+                    slots = slices_of(offset, stage.region.id, part.room[some])
                     await keep(part.index[some], slots, seconds)
 
                 await staging.put(stage.way, part, store, until)
 
-            await self._each(_Batch(keys, slices, status, False), mark, until, plain, staged)
+            await self._each(Whole(keys, slices, status, False), mark, until, plain, direct, staged)
             return status
 
         return partial(self._tracked, work, mark)
+
+    def _addresses(self, slices: Slices) -> Addresses:
+        out: Addresses = slices["offset"].copy()
+        for region in np.unique(slices["region"]).tolist():
+            out[slices["region"] == region] += np.uint64(self.buffers[region].address)
+        return out
+
+    async def _make_sure(self, device: Device, batch: Batch, address: Addresses) -> None:
+        """What a NIC has written into GPU memory: visible from now on, and verified where asked for."""
+        hits = np.flatnonzero(batch.status == Status.HIT)
+        if not len(hits):
+            return
+        try:
+            device.visible()
+            if batch.checksums is not None:
+                words = address[hits], batch.lengths[hits].astype(np.uint64), batch.checksums[hits]
+                agreed = await asyncio.to_thread(device.verify, *words)
+                batch.status[hits[~agreed]] = Status.CORRUPT
+        except Exception:  # of the driver, of CuPy
+            log.exception("%d blocks on %s could not be made sure of", len(hits), device.name)
+            batch.status[hits] = Status.ERROR_COPY
 
     async def _tracked(self, work: Callable[[], Coroutine[Any, Any, T]], mark: Mark | None) -> T:
         task: Any = asyncio.current_task()
@@ -260,11 +306,12 @@ class Gpu:
 
     async def _each(
         self,
-        batch: _Batch,
+        batch: Whole,
         mark: Mark | None,
         until: float,
         plain: Callable[[Places], Coroutine[Any, Any, None]],
-        staged: Callable[[Stage, _Part], Coroutine[Any, Any, None]],
+        direct: Callable[[Device, Places], Coroutine[Any, Any, None]],
+        staged: Callable[[Stage, Part], Coroutine[Any, Any, None]],
     ) -> None:
         """Takes a batch apart and waits for all its parts. It takes no slot before ``mark`` is reached: what
         waits for a stream is in nobody's way.
@@ -274,97 +321,28 @@ class Gpu:
             return
         rest = np.ones(len(batch.keys), np.bool_)
         ways = []
+        reached: dict[str, list[Places]] = {}
         for region in np.unique(batch.slices["region"]).tolist():
             buffer = self.buffers.get(region)
-            if buffer is None or not buffer.is_staged(batch.into):
+            if buffer is None or buffer.rung(batch.into).name == "none":
                 continue
             mine = batch.slices["region"] == region
             rest &= ~mine
-            if not self._is_there(buffer):
-                batch.status[mine] = Status.ERROR_BOUNDS
-                continue
-            stage = self._stages[buffer.device, batch.into]
-            ways += [staged(stage, part) for part in self._parts(batch, buffer, np.flatnonzero(mine))]
+            device, index = self._devices[buffer.device], np.flatnonzero(mine)
+            if was_freed(buffer, device, batch.into):
+                batch.status[index] = Status.ERROR_BOUNDS
+            elif buffer.window(batch.into) is not None:
+                reached.setdefault(buffer.device, []).append(index)
+            else:
+                stage = self._stages[buffer.device, batch.into]
+                some = parts(batch, buffer, device, index, self._route, self.settings.nbytes)
+                ways += [staged(stage, part) for part in some]
+        ways += [direct(self._devices[name], np.concatenate(found)) for name, found in reached.items()]
         if rest.any():
             ways.append(plain(np.flatnonzero(rest)))
         for outcome in await asyncio.gather(*ways, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
-
-    def _is_there(self, buffer: Buffer) -> bool:
-        """False where the application has freed the memory: who knows whose it is by now."""
-        if not buffer.allocation_id:
-            return True
-        same = self._devices[buffer.device].allocation_id(buffer.address) == buffer.allocation_id
-        if not same:
-            log.error("buffer %d on %s was freed while it was registered", buffer.id, buffer.device)
-        return same
-
-    def _parts(self, batch: _Batch, buffer: Buffer, index: Places) -> list[_Part]:
-        """The blocks at ``index``, all in one buffer, by node. Those that cannot be staged get their status
-        here.
-        """
-        where = batch.slices[index]
-        outside = where["offset"] + where["length"].astype(np.uint64) > np.uint64(buffer.nbytes)
-        batch.status[index[outside]] = Status.ERROR_BOUNDS
-        index = index[~outside]
-        out = []
-        for link, chosen in self._route(batch.keys[index]) if len(index) else []:
-            part = index if chosen is None else index[chosen]
-            if (session := link.session) is None:
-                batch.status[part] = Status.ERROR_UNREACHABLE
-                continue
-            longest = int(session.info.block_bytes)
-            room = batch.slices["length"][part].astype(np.uint64)
-            if batch.into:
-                room = np.minimum(room, np.uint64(longest))
-            too_large = room > np.uint64(min(longest, self.settings.nbytes))
-            batch.status[part[too_large]] = Status.ERROR_TOO_LARGE
-            part, room = part[~too_large], room[~too_large]
-            if len(part):
-                address = batch.slices["offset"][part] + np.uint64(buffer.address)
-                device = self._devices[buffer.device]
-                out.append(_Part(batch, part, link.address, address, room, device))
-        return out
-
-
-@dataclass(slots=True)
-class _Batch:
-    keys: Keys
-    slices: Slices
-    status: Statuses
-    into: bool
-
-
-class _Part:
-    """:class:`staging.Blocks` of a batch. Statuses go to where those of the batch are."""
-
-    def __init__(
-        self,
-        batch: _Batch,
-        index: Places,
-        node: str,
-        address: Addresses,
-        room: Addresses,
-        device: Device,
-    ) -> None:
-        self.batch, self.index, self.device = batch, index, device
-        self.node, self.address, self.room = node, address, room
-
-    def late(self, index: Places) -> None:
-        self.batch.status[self.index[index]] = Status.TIMEOUT
-
-    def failed(self, index: Places, rc: int) -> None:
-        self.batch.status[self.index[index]] = Status.ERROR_COPY
-        way = "into" if self.batch.into else "out of"
-        why = self.device.explain(rc) if rc > 0 else "the peer was closed"
-        log.error("%d blocks could not be copied %s %s: %s", len(index), way, self.device.name, why)
-
-
-def _slices(offset: Addresses, region: int, length: Addresses) -> Slices:
-    out = np.empty(len(offset), SLICE)
-    out["offset"], out["region"], out["length"] = offset, region, length
-    return out
 
 
 async def _wait(mark: Mark | None, until: float) -> Status | None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .buffers import HOST, READ_ONLY, Buffer, Rung
+from .buffers import HOST, READ_ONLY, Buffer
 from .control import Control
 from .gpu import Gpu
 from .gpudirect import driver
 from .gpudirect.arrays import of_pointer
 from .gpudirect.buffers import Memory, resolve
+from .gpudirect.copier import Device, Mark, Window
+from .gpudirect.ladder import Direction, Rung
 from .gpudirect.staging import Way
-from .rdma.errors import LocalError
+from .rdma.errors import DeadlineError, LocalError, NotRegistered
 from .rdma.fabric import Domain, Region
 from .session import Session
 from .store import messages as m
 
 if TYPE_CHECKING:
     from .peer import Peer
+
+log = logging.getLogger("memkv.peer")
 
 Tell = Callable[[Callable[[Session], Coroutine[Any, Any, Any]], bool], Coroutine[Any, Any, None]]
 
@@ -87,20 +93,49 @@ class Registry:
             self._control.call(self._tell(lambda s: s.offer([handle.desc]), False), self._peer.timeout + 1)
         return handle
 
-    def _register_device(self, memory: Memory, device: str) -> Buffer:
+    def _register_device(self, memory: Memory, name: str) -> Buffer:
         self._gpu.check_blocks()
-        get_rung = put_rung = Rung("staged", memory.reason or "the fabric does not reach GPU memory here")
-        if memory.writable:
-            self._gpu.stage(device, True, self._register_slots_into)
-        else:
-            get_rung = READ_ONLY
-        self._gpu.stage(device, False, self._register_slots_out)
+        device = self._gpu.device(name)
+        if memory.stream is not None:  # the array says that its memory is in use until then
+            self._wait(device.mark(memory.stream))
         id = self._get_domain.reserve_id()
-        handle = Buffer(
-            self._peer, id, memory, None, None, device=device, get_rung=get_rung, put_rung=put_rung
-        )
+        into, get_rung = self._take_rung(device, memory, "get", id) if memory.writable else (None, READ_ONLY)
+        try:
+            out, put_rung = self._take_rung(device, memory, "put", id)
+        except BaseException:
+            if into:
+                into.close()
+            raise
+        handle = Buffer(self._peer, id, memory, into, out, device=name, get_rung=get_rung, put_rung=put_rung)
         self._gpu.buffers[id] = handle
         return self._enter(handle)
+
+    def _take_rung(
+        self, device: Device, memory: Memory, direction: Direction, id: int
+    ) -> tuple[Window | None, Rung]:
+        """The highest rung that can be had: a window of the fabric's, or slots."""
+        assert self._peer.fabric is not None
+        domain = self._get_domain if direction == "get" else self._put_domain
+        rung = device.decide(self._peer.fabric, memory).of(direction)
+        if direction == "get" and self._peer.checksum and (why := device.unverifiable()):
+            rung = Rung("staged", f"checksums are to be verified, and not by the GPU: {why}")
+        while rung.name != "staged":
+            try:
+                return device.acquire(domain, memory, direction == "put", rung.name, id), rung
+            except NotRegistered as exc:
+                log.warning("%s of %s: %s", rung.name, device.name, exc)
+                rung = device.failed(rung.name, direction, str(exc)).of(direction)
+        into = direction == "get"
+        self._gpu.stage(device.name, into, self._register_slots_into if into else self._register_slots_out)
+        return None, rung
+
+    def _wait(self, mark: Mark) -> None:
+        until = time.monotonic() + self._peer.timeout
+        while not mark.reached():
+            if time.monotonic() > until:
+                raise DeadlineError("the array's own stream does not come to its end", "a longer timeout")
+            time.sleep(1e-4)
+        mark.close()
 
     def _register_slots_into(self, way: Way) -> Region:
         return self._get_domain.register(way.address, way.memory.nbytes, owner=way.memory)

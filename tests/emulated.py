@@ -44,6 +44,10 @@ CHOSEN = {
         "test_closing_the_peer_waits_for_copies",
         "test_threads_at_once",
     },
+    "test_peer_gpu_direct.py": {
+        "test_each_direction_has_a_rung_of_its_own",
+        "test_host_direct_and_staged_slices_in_one_batch",
+    },
     "test_cluster.py": {"test_a_killed_node_costs_its_own_keys_only"},
     "test_faults.py": {
         "test_a_peer_killed_in_the_middle_of_puts",

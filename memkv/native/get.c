@@ -227,6 +227,12 @@ static int line_matches(const struct mkv_getjob *g, uint32_t f) {
            line.generation && (uint32_t)line.generation == fl->slot.generation;
 }
 
+static void note_checksum(const struct mkv_getjob *g, uint32_t f) {
+    struct mkv_line line;
+    memcpy(&line, flight_scratch(g, f), sizeof line);
+    g->checksums[key_of(g, g->flights[f].position)] = line.checksum;
+}
+
 /* Whether one READ was quick enough: by the responder's clock, or ours. */
 static int in_time(const struct mkv_getjob *g, const struct mkv_done *d) {
     uint64_t took = d->sample_ns != UINT64_MAX ? d->sample_ns : d->done_ns - d->posted_ns;
@@ -266,6 +272,8 @@ static void block_done(struct mkv_getjob *g, uint32_t f, const struct mkv_done *
         land(g, f, MKV_CORRUPT);
         return;
     }
+    if (g->checksums)
+        note_checksum(g, f);
     if (strict) { /* a HIT if the epoch agrees */
         uint32_t last_try = fl->failures ? 1u << 31 : 0;
         *provisional_at(g, g->provisional++) = fl->position | last_try;

@@ -61,6 +61,7 @@ struct mkv_getjob {
     const struct mkv_slice *slices; /* by key; NULL: only look up, do not READ payloads */
     uint8_t *status;                /* by key, MKV_*; MKV_PENDING remains where a slab is not known yet */
     uint32_t *lengths;              /* by key: payload bytes of a HIT; may be NULL */
+    uint64_t *checksums;            /* by key: of a HIT, from its live line; may be NULL */
     uint32_t *elapsed_us;           /* by key: from its first READ to its verdict; may be NULL */
     uint32_t *strict_scratch;       /* 3 n words if view->strict, else NULL */
     struct mkv_flight *flights;

@@ -177,8 +177,7 @@ def test_marks(device: HostDevice) -> None:
 def lost(mark: Mark) -> bool:
     try:
         assert not mark.reached()
-    except DeviceError as exc:
-        assert "700" in str(exc)
+    except DeviceError:
         return True
     return False
 
