@@ -331,8 +331,9 @@ class Peer:
         :param checksums: (n,) uint64 as docs/layout.md defines them; without them the node computes its own.
         :param stream: the CUDA stream whose work makes the blocks: nothing is read before the work that it
             has now is over. Without one they have to be complete.
-        :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. When this returns nobody reads the
-            slices.
+        :returns: (n,) uint8: STORED, EXISTS, CORRUPT, TIMEOUT or an error. With durability "flash" also
+            ERROR_DEVICE: the block is in memory, and there is no place or no good device for it on flash;
+            and MISS: somebody deleted it before it was durable. When this returns nobody reads the slices.
         """
         keys, t = as_keys(keys), self._seconds(timeout)
         if self._gpu.concerns(slices, stream):
