@@ -48,16 +48,19 @@ async def put_part(
             raise
         return done
 
+    pulls = session.pulls
     try:
-        pull = await session.ensure_pull(max(0.0, until - time.monotonic()))
-        try:
-            reply = await ask()
-        except RefusedError as exc:
-            if exc.code != Code.NOT_FOUND:
-                raise
-            session.drop_pull(pull)  # it broke at its other end, where an earlier put ended with it
-            await session.ensure_pull(max(0.0, until - time.monotonic()))
-            reply = await ask()
+        with pulls.put():
+            await pulls.ready(max(0.0, until - time.monotonic()))
+            known = pulls.endpoints
+            try:
+                reply = await ask()
+            except RefusedError as exc:
+                if exc.code != Code.NOT_FOUND:
+                    raise
+                pulls.drop(known)  # they broke at their other ends, where earlier puts ended with them
+                await pulls.ready(max(0.0, until - time.monotonic()))
+                reply = await ask()
         status[part] = np.frombuffer(reply.statuses, np.uint8)
     except DeadlineError:
         status[part] = Status.TIMEOUT

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,7 @@ class Requests:
             except MemKVError as exc:
                 status[part] = _status_of(exc, session)
 
-        await asyncio.gather(*(one(*part) for part in self._parts(keys)))
+        await _all([one(*part) for part in self._parts(keys)])
         return status
 
     async def touch(self, keys: Keys) -> None:
@@ -80,7 +81,7 @@ class Requests:
         for session, part in self._parts(keys):
             sums = None if checksums is None else checksums[part]
             tasks.append(put_part(session, keys, slices, part, status, until, durability, sums))
-        await asyncio.gather(*tasks)
+        await _all(tasks)
         return status
 
     async def stage(self, keys: Keys, seconds: float) -> Statuses:
@@ -105,6 +106,14 @@ class Requests:
                 here = answer.index[status[answer.index] == Status.TIMEOUT]
                 status[here] = _status_of(answer.part, answer.session)
         return status
+
+
+async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
+    """All at once; a single one, the usual case, without a task of its own."""
+    if len(work) == 1:
+        await work[0]
+    else:
+        await asyncio.gather(*work)
 
 
 def check_put(keys: Keys, slices: Slices, checksums: npt.NDArray[np.uint64] | None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from . import __version__
 from .channels import DEPTH, ChannelPool, ReadChannel
 from .native._peer import ffi, lib
+from .pulls import Pulls
 from .rdma.errors import DeadlineError, LocalError, MemKVError, RemoteError
 from .rdma.fabric import Domain, Endpoint, RemoteTable
 from .store import messages as m
@@ -74,7 +75,7 @@ class Session:
         self.remote = RemoteTable()
         self.view: Any = None
         self.pool: ChannelPool
-        self.pull: Endpoint | None = None
+        self.pulls = Pulls(self._open_pull)
         self.get_domain: Domain
         self.put_domain: Domain
         self._requests: dict[int, asyncio.Future[Any]] = {}
@@ -82,7 +83,6 @@ class Session:
         self._next = 1
         self._tasks: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
-        self._opening_pull: asyncio.Task[Endpoint] | None = None
         self._probing = False
 
     # --- connection ---
@@ -228,15 +228,18 @@ class Session:
         self._next += 1
         future: asyncio.Future[Any] = self.loop.create_future()
         self._requests[request] = future
+        # wait_for would cost one more turn of the loop, which every put would notice.
+        late = self.loop.call_later(self.settings.timeout if timeout is None else timeout, _expire, future)
         try:
             self.writer.write(self.protocol.send(make(request)))
-            return await asyncio.wait_for(future, self.settings.timeout if timeout is None else timeout)
+            return await future
         except TimeoutError:
             self._doubt()
             raise DeadlineError(
                 "the node did not answer in time", "a longer timeout, or is it overloaded?"
             ) from None
         finally:
+            late.cancel()
             self._requests.pop(request, None)
 
     def fail(self, error: MemKVError) -> None:
@@ -256,8 +259,7 @@ class Session:
             take(error)
         if hasattr(self, "pool"):
             self.pool.close(error)
-        if self.pull is not None:
-            self.pull.close()
+        self.pulls.close()
         self.writer.close()
         current = asyncio.current_task()
         for task in list(self._tasks):
@@ -426,40 +428,18 @@ class Session:
         if self.closed is None and number:
             self._spawn(tell())
 
-    async def ensure_pull(self, timeout: float) -> Endpoint:
-        """The channel over which the node pulls puts; made on the first put, and again after one broke.
-
-        :raises DeadlineError: not within ``timeout`` seconds; it goes on being made.
-        """
-        if self.pull is not None:
-            return self.pull
-        if self._opening_pull is None:
-            self._opening_pull = _shared(self._open_pull())
-        opening = self._opening_pull
-        try:
-            return await asyncio.wait_for(asyncio.shield(opening), timeout)
-        except TimeoutError:
-            if opening.done():  # just now, or with a DeadlineError of its own
-                return opening.result()
-            raise DeadlineError("no channel for puts could be opened in time", "a longer timeout") from None
-
     async def _open_pull(self) -> Endpoint:
-        try:
-            self.pull = await self._connect(self.put_domain.endpoint("serve", dial=True), "pull")
-            return self.pull
-        finally:
-            self._opening_pull = None
-
-    def drop_pull(self, pull: Endpoint) -> None:
-        """The node says that its end of this one is gone."""
-        if self.pull is pull:
-            self.pull = None
-        pull.close()
+        return await self._connect(self.put_domain.endpoint("serve", dial=True), "pull")
 
     async def offer(self, regions: list[Any]) -> None:
         """Tells the node of put sources (``rdma.fabric.RegionDesc``)."""
         infos = [to_region(r) for r in regions]
         await self.ask(lambda r: m.OfferRegions(r, infos))
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 def _shared(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -340,7 +340,7 @@ def test_a_pull_channel_that_breaks_is_replaced(node: NodeThread, connect: Conne
     peer = connect(node)
     blocks = Blocks(peer, 16)
     assert count(blocks.put(keys_of(16))) == {STORED: 16}
-    pull = session_of(peer).pull
+    pull = session_of(peer).pulls.endpoints[0]
     assert pull is not None
     pull.close()
     with within(5):
