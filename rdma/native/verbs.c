@@ -28,8 +28,9 @@
 #include "verbs.h"
 
 #define LINK_MAX_WR    32           /* work requests per ibv_post_send */
-#define SIGNAL_WRS     8            /* ask for a completion at least this often, … */
-#define SIGNAL_BYTES   (256u << 10) /* … or after this many bytes */
+#define SIGNAL_WRS     16           /* ask for a completion at least this often, … */
+#define SIGNAL_BYTES   (256u << 10) /* … or after this many bytes, … */
+#define SIGNAL_SHARE   8            /* … or such a part of the window: each one may wake somebody */
 #define DEFAULT_WINDOW (64ull << 20)
 
 struct entry {
@@ -49,12 +50,13 @@ struct rail {
     uint32_t mask;
     uint32_t head, next, tail; /* free-running */
     uint32_t sq_depth, max_sge;
-    uint64_t seq_posted, seq_done;   /* newest work request posted, newest known to be complete */
-    uint64_t seq_failed;             /* first that failed; 0: none */
-    uint32_t quiet_wrs, quiet_bytes; /* since the last signalled one */
-    uint32_t signalled;              /* signalled and not completed */
-    uint64_t load;                   /* bytes queued and on the wire */
-    int32_t fail_status;             /* why, until it has been reported */
+    uint64_t seq_posted, seq_done; /* newest work request posted, newest known to be complete */
+    uint64_t seq_failed;           /* first that failed; 0: none */
+    uint64_t quiet_bytes;          /* since the last signalled one */
+    uint32_t quiet_wrs;            /* since the last signalled one */
+    uint32_t signalled;            /* signalled and not completed */
+    uint64_t load;                 /* bytes queued and on the wire */
+    int32_t fail_status;           /* why, until it has been reported */
     uint32_t fail_vendor;
     int index; /* into the regions' rail keys */
 };
@@ -267,6 +269,7 @@ static void signal_request(struct rail *rail, struct ibv_send_wr *wr) {
 static void push(struct verbs_channel *c, struct rail *rail) {
     struct ibv_send_wr wr[LINK_MAX_WR], *bad = 0;
     struct ibv_sge sge[LINK_MAX_WR][MKV_MAX_SEG];
+    uint64_t often = c->ch.window / SIGNAL_SHARE > SIGNAL_BYTES ? c->ch.window / SIGNAL_SHARE : SIGNAL_BYTES;
     while (!c->ch.broken && rail->next != rail->tail) {
         uint64_t now = mkv_now_ns();
         uint32_t n = 0;
@@ -280,7 +283,7 @@ static void push(struct verbs_channel *c, struct rail *rail) {
             }
             if (built < 0)
                 continue;
-            if (rail->quiet_wrs >= SIGNAL_WRS || rail->quiet_bytes >= SIGNAL_BYTES)
+            if (rail->quiet_wrs >= SIGNAL_WRS || rail->quiet_bytes >= often)
                 signal_request(rail, &wr[n]);
             if (n)
                 wr[n - 1].next = &wr[n];
