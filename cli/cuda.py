@@ -1,25 +1,32 @@
-"""GPUs as the CUDA driver shows them: a look through ctypes, without CuPy, contexts or GPU memory."""
+"""GPUs for ``doctor``: what the CUDA driver says of each, and which way blocks would go. No CuPy is
+needed."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..gpudirect import driver, order
+from ..gpudirect.ladder import Answers, Decision, decide
+from ..gpudirect.probe import ask
+from ..rdma.errors import MemKVError
+from ..rdma.fabric import Fabric
 from . import host
-
-GPU_DIRECT_RDMA = 116  # CU_DEVICE_ATTRIBUTE_…_SUPPORTED
-DMA_BUF = 124
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device: what its driver says about registration."""
+    """One device. ``flush``: what makes a NIC's writes visible to it, see
+    :func:`memkv.gpudirect.order.flush`."""
 
     index: int
     name: str
+    bus: str
     dma_buf: bool
     gpu_direct: bool
+    flush: str
+    answers: Answers
+    decision: Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,47 +38,40 @@ class Cuda:
     why: str
 
 
-def probe(library: str = "libcuda.so.1") -> Cuda:
-    """Loads the driver's library and counts its devices; never raises."""
+def probe(fabric: Fabric | None = None, at: str = "127.0.0.1") -> Cuda:
+    """Loads the driver's library and looks at its devices; never raises.
+
+    :param fabric: over which READs into and out of every GPU are tried, which takes a context and 16 MiB on
+        it
+        for a second or two; None: nothing but asking.
+    :param at: where the fabric's data connections are taken.
+    """
     try:
-        cuda = ctypes.CDLL(library)
-    except OSError:
+        cuda = driver.load()
+    except driver.DriverMissing as exc:
         seen = on_bus()
-        why = f"{library} is not installed"
+        why = str(exc)
         return Cuda("", (), f"{why}, though {seen} NVIDIA GPUs are on the bus" if seen else why)
-    number = ctypes.c_int()
+    version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
     try:
-        cuda.cuDriverGetVersion(ctypes.byref(number))
-        version = f"{number.value // 1000}.{number.value % 1000 // 10}"
-        rc = cuda.cuInit(0)
-        if rc:
-            return Cuda(version, (), f"cuInit: {_error(cuda, rc)}")
-        rc = cuda.cuDeviceGetCount(ctypes.byref(number))
-        if rc or not number.value:
-            return Cuda(version, (), _error(cuda, rc) if rc else "the driver sees no GPU")
-        return Cuda(version, tuple(_gpu(cuda, i) for i in range(number.value)), "")
-    except AttributeError as exc:  # something else of that name
-        return Cuda("", (), f"{library} is no CUDA driver: {exc}")
+        return Cuda(version, tuple(_gpu(cuda, fabric, i, at) for i in range(cuda.count)), "")
+    except MemKVError as exc:
+        return Cuda(version, (), str(exc))
 
 
-def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
-    device, value = ctypes.c_int(), ctypes.c_int()
-    text = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(text, len(text), device)
-
-    def has(attribute: int) -> bool:
-        value.value = 0
-        return cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0 and value.value != 0
-
-    return Gpu(index, text.value.decode(errors="replace"), has(DMA_BUF), has(GPU_DIRECT_RDMA))
-
-
-def _error(cuda: ctypes.CDLL, code: int) -> str:
-    text = ctypes.c_char_p()
-    if cuda.cuGetErrorName(code, ctypes.byref(text)) == 0 and text.value:
-        return f"{text.value.decode()} ({code})"
-    return f"error {code}"
+def _gpu(cuda: driver.Driver, fabric: Fabric | None, index: int, at: str) -> Gpu:
+    facts = cuda.facts(index)
+    answers = ask(fabric, index, at)
+    return Gpu(
+        index,
+        facts.name,
+        facts.bus,
+        facts.dma_buf,
+        facts.gpu_direct,
+        order.flush(facts.ordering, facts.flush_options),
+        answers,
+        decide(answers),
+    )
 
 
 def on_bus(root: Path | None = None) -> int:

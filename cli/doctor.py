@@ -13,8 +13,9 @@ from rich.text import Text
 from .. import __version__
 from ..rdma import devices, gid
 from ..rdma.errors import LocalError, MemKVError
+from ..rdma.fabric import Fabric
 from ..store.config import NodeConfig
-from . import cuda, host, ladders
+from . import cuda, host, ladders, selftest
 from .ladders import Ladder
 from .selftest import Outcome
 
@@ -86,15 +87,15 @@ class Report:
 
 def examine(config: NodeConfig) -> Report:
     """Looks at everything, for a node with these settings. Raises for nothing that is merely absent."""
-    found = cuda.probe()
-    report = Report(host.facts(), [], gpus=found)
+    report = Report(host.facts(), [])
     _look_at_devices(report, config)
     why, usable = _verbs_of(config)
     fabric = ladders.fabric(why, usable, config.fabric)
     over_verbs = fabric.taken is not None and fabric.taken.name == "verbs"
+    report.gpus = _look_at_gpus(config)
     report.ladders = [
         fabric,
-        *ladders.gpu(found),
+        *ladders.gpu(report.gpus),
         ladders.pages(config.memory, config.huge),
         ladders.memlock(config.memory, over_verbs),
         ladders.flash(),
@@ -102,6 +103,34 @@ def examine(config: NodeConfig) -> Report:
     ]
     _test(report, config)
     return report
+
+
+def _look_at_gpus(config: NodeConfig) -> cuda.Cuda:
+    """With READs into and out of them, over the fabric that a node would take."""
+    found = cuda.probe()
+    if not found.gpus:
+        return found
+    try:
+        fabric = _open_fabric(config)
+    except (ImportError, MemKVError, OSError):  # the self-tests tell
+        return found
+    try:
+        return cuda.probe(fabric, _address(config))
+    finally:
+        fabric.close()
+
+
+def _open_fabric(config: NodeConfig) -> Fabric:
+    """:raises ImportError: the C core is not built."""
+    from ..store.node import open_fabric
+
+    return open_fabric(replace(config, data_port=0))  # its own may be in use by the node that this is about
+
+
+def _address(config: NodeConfig) -> str:
+    """Where a fabric that a node would open can be reached from here."""
+    at = config.listen[0] if config.listen[0] not in ("0.0.0.0", "::") else ""
+    return at or ("::1" if config.listen[0] == "::" else "127.0.0.1")
 
 
 def _look_at_devices(report: Report, config: NodeConfig) -> None:
@@ -154,22 +183,19 @@ def _toward(config: NodeConfig) -> str | None:
 
 def _test(report: Report, config: NodeConfig) -> None:
     """Self-tests over the fabric that a node would take, and over tcp too if that one fails."""
-    try:
-        from ..store.node import open_fabric
-        from . import selftest
-    except ImportError as exc:
-        report.fault = f"the C core cannot be loaded: {exc} (pip install ., or setup.py build_ext --inplace)"
-        return
-    at = config.listen[0] if config.listen[0] not in ("0.0.0.0", "::") else ""
-    probing = replace(config, data_port=0)  # its own may be in use by the node that this is about
+    probing = config
     while True:
         try:
-            fabric = open_fabric(probing)
+            fabric = _open_fabric(probing)
+        except ImportError as exc:
+            do = "pip install ., or setup.py build_ext --inplace"
+            report.fault = f"the C core cannot be loaded: {exc} ({do})"
+            return
         except (MemKVError, OSError) as exc:
             report.fault = report.fault or str(exc)
             return
         try:
-            outcome = selftest.run(fabric, at or ("::1" if config.listen[0] == "::" else "127.0.0.1"))
+            outcome = selftest.run(fabric, _address(config))
         finally:
             fabric.close()
         report.self_tests.append(outcome)
@@ -224,10 +250,8 @@ def show(report: Report, console: Console) -> None:
                 line(f"      do: {rung.do}", "yellow")
         if ladder.name == "fabric":
             _show_devices(report, line)
-        if ladder.name == "gpu_get" and report.gpus:
-            for gpu in report.gpus.gpus:
-                can = f"dma-buf {_yes(gpu.dma_buf)}, GPUDirect {_yes(gpu.gpu_direct)}"
-                line(f"    GPU {gpu.index} {gpu.name}: {can}")
+        if same[-1].name == "gpu_put" and report.gpus:
+            _show_gpus(report.gpus, line)
     line()
     line("self-test: one process READs 1 MiB from itself", "bold")
     for test in report.self_tests:
@@ -276,6 +300,15 @@ def _show_devices(report: Report, line: Any) -> None:
             line(f"      do: {advice}", "yellow")
     if not report.devices and not report.broken_devices:
         line("    no RDMA device")
+
+
+def _show_gpus(found: cuda.Cuda, line: Any) -> None:
+    visible = {"none": "need no flush", "call": "are flushed once a batch", "impossible": "may stay unseen"}
+    for gpu in found.gpus:
+        can = f"dma-buf {_yes(gpu.dma_buf)}, GPUDirect {_yes(gpu.gpu_direct)}"
+        line(f"    GPU {gpu.index} {gpu.name} ({gpu.bus}): {can}, a NIC's writes {visible[gpu.flush]}")
+        line(f"      get → {gpu.decision.get.name}: {gpu.decision.get.reason}", "green")
+        line(f"      put → {gpu.decision.put.name}: {gpu.decision.put.reason}", "green")
 
 
 def _yes(value: bool) -> str:

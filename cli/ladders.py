@@ -9,6 +9,8 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from ..gpudirect import ladder
+from ..gpudirect.ladder import Answers, Direction
 from ..rdma import devices
 from ..rdma.clock import hypervisor
 from ..rdma.memory import HUGE, try_transparent
@@ -16,7 +18,6 @@ from ..store.config import NodeConfig
 from . import cuda, host
 
 IFACE_MTU = 4200  # an Ethernet MTU that carries 4096-byte packets needs a little more
-NOT_YET = "not in this version, which moves host memory only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,28 +111,30 @@ def device_advice(device: devices.Device) -> list[str]:
 
 
 def gpu(found: cuda.Cuda) -> tuple[Ladder, Ladder]:
-    """For gets (READs into GPU memory) and puts (READs out of it)."""
-    nothing = found.why or ""
-    capable = [g.index for g in found.gpus if g.dma_buf]
-    driver = "apt install nvidia-driver (or the CUDA repository's cuda-drivers)" if cuda.on_bus() else ""
-    if found.gpus:
-        dma = f"GPUs {capable} could" if capable else "no GPU's driver offers it"
-        dma_do = "" if capable else "NVIDIA's open kernel modules, driver 515 or later"
-    else:
-        dma, dma_do = nothing, driver
-    state = host.module("nvidia_peermem")
-    peermem = f"the module nvidia_peermem is {state}"
-    peermem_do = "modprobe nvidia_peermem" if state == "loadable" else ""
-    staging = f"CUDA {found.version} with {len(found.gpus)} GPUs" if found.gpus else nothing
-    rungs = (
-        Rung("dma-buf", False, f"{NOT_YET}; {dma}", dma_do),
-        Rung("nvidia-peermem", False, f"{NOT_YET}; {peermem}", peermem_do),
-        Rung("pinned staging", False, f"{NOT_YET}; {staging}"),
-        Rung("host memory", True, "blocks move between host memories; copy them to the GPU yourself"),
+    """For gets (READs into GPU memory) and puts (READs out of it): the first GPU's; the others are listed."""
+    answers = found.gpus[0].answers if found.gpus else Answers(cuda_missing=found.why)
+    return (
+        Ladder("gpu_get", "READs into GPU memory", _gpu_rungs(answers, "get")),
+        Ladder("gpu_put", "READs out of GPU memory", _gpu_rungs(answers, "put")),
     )
-    return Ladder("gpu_get", "READs into GPU memory", rungs), Ladder(
-        "gpu_put", "READs out of GPU memory", rungs
-    )
+
+
+def _gpu_rungs(answers: Answers, direction: Direction) -> tuple[Rung, ...]:
+    nothing = ""
+    if answers.cuda_missing and cuda.on_bus():
+        nothing = "apt install nvidia-driver (or the CUDA repository's cuda-drivers)"
+    do = {"dma-buf": nothing}
+    if not answers.cuda_missing and answers.fabric == "verbs":
+        if not answers.gpu_dma_buf:
+            do["dma-buf"] = "NVIDIA's open kernel modules, driver 515 or later"
+        if answers.peermem == "loadable":
+            do["peermem"] = "modprobe nvidia_peermem"
+    names = {"peermem": "nvidia-peermem", "staged": "pinned staging"}
+    rungs = [
+        Rung(names.get(name, name), usable, why, "" if usable else do.get(name, ""))
+        for name, usable, why in ladder.rungs(answers, direction)
+    ]
+    return (*rungs, Rung("host memory", True, "blocks move between host memories"))
 
 
 # --- memory ---

@@ -129,6 +129,21 @@ def _decide(a: Answers, direction: Direction, lost: dict[tuple[str, Direction], 
     return Rung("staged", "; ".join(against))
 
 
+def rungs(a: Answers, direction: Direction) -> list[tuple[str, bool, str]]:
+    """Every rung: its name, whether it can be used, and why, or why not."""
+    if why := _nothing_direct(a):
+        found = [(name, False, why) for name in DIRECT]
+    else:
+        found = []
+        for name in DIRECT:
+            obstacle = _obstacle(a, name, direction)
+            found.append(
+                (name, not obstacle, obstacle or _speeds(getattr(_tried(a, name), direction), a.host))
+            )
+    staged = f"no CUDA: {a.cuda_missing}" if a.cuda_missing else "through pinned host memory, over any fabric"
+    return [*found, ("staged", not a.cuda_missing, staged)]
+
+
 def _nothing_direct(a: Answers) -> str:
     """Why no direct rung needs to be looked at."""
     if a.cuda_missing:

@@ -8,9 +8,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,10 +20,14 @@ from memkv.cli import cuda, host, ladders, selftest
 from memkv.cli.doctor import examine
 from memkv.cli.node import main
 from memkv.cli.selftest import Outcome
+from memkv.gpudirect import driver
+from memkv.gpudirect.ladder import Answers, decide
 from memkv.rdma import _pv, devices
 from memkv.rdma.tcp import TcpFabric
 from memkv.store.config import NodeConfig
 from tests.conftest import NO_DEVICE
+from tests.gpudirect.standin import Standin, build
+from tests.gpudirect.test_ladder import RECORDED
 
 from .nodes import environment
 
@@ -40,8 +46,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "pyverbs", lambda: ("", "pyverbs cannot be used: No module named 'pyverbs'"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(host, "module", lambda name, root=None: "absent")
-    real = cuda.probe
-    monkeypatch.setattr(cuda, "probe", lambda: real("libcuda-that-is-not-there.so.1"))
+    monkeypatch.setattr(driver, "LIBRARY", "libcuda-that-is-not-there.so.1")
 
 
 # --- a machine that has nothing ---
@@ -59,7 +64,8 @@ def test_bare_machine_can_run_a_node_over_tcp_and_is_told_the_rest(bare: None) -
         "liburing    absent",
         "no RDMA device",
         "modprobe rdma_rxe && rdma link add rxe0 type rxe netdev",
-        "not in this version, which moves host memory only; libcuda-that-is-not-there.so.1 is not installed",
+        "✗ pinned staging: no CUDA: libcuda-that-is-not-there.so.1 is not installed",
+        "→ host memory: blocks move between host memories",
         "✓ tcp: 1048576 bytes",
     ):
         assert words in out
@@ -382,56 +388,94 @@ def test_modules_are_loaded_loadable_or_absent(tmp_path: Path, monkeypatch: pyte
 
 # --- GPUs ---
 
-FAKE_DRIVER = r"""
-#include <string.h>
-int cuDriverGetVersion(int *v) { *v = 12040; return 0; }
-int cuInit(unsigned f) { return RC; }
-int cuDeviceGetCount(int *n) { *n = 2; return 0; }
-int cuDeviceGet(int *d, int i) { *d = i + 10; return 0; }
-int cuDeviceGetName(char *s, int n, int d) { strncpy(s, d == 10 ? "Big GPU" : "Small GPU", n); return 0; }
-int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 116 || (a == 124 && d == 10); return 0; }
-int cuGetErrorName(int e, const char **s) { *s = "CUDA_ERROR_NO_DEVICE"; return 0; }
-"""
+H100 = "H100, ConnectX-7, open modules"
+SLOW = "reads out of the BAR crawl"
 
 
-def fake_driver(folder: Path, rc: int) -> str:
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        pytest.skip("no gcc to make a stand-in for libcuda")
-    (folder / "cuda.c").write_text(FAKE_DRIVER)
-    library = folder / "libcuda.so.1"
-    subprocess.run([gcc, "-shared", "-fPIC", f"-DRC={rc}", "-o", library, folder / "cuda.c"], check=True)
-    return str(library)
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+    """Two GPUs, as far as libcuda's stand-in goes."""
+    monkeypatch.setattr(driver, "LIBRARY", build())
+    made = Standin(driver.LIBRARY)
+    for which, value in ((driver.DMA_BUF_SUPPORTED, 1), (driver.GPU_DIRECT_RDMA_SUPPORTED, 1)):
+        made.attribute(which, value)
+    yield made
+    made.close()
 
 
-def test_gpus_are_listed_with_what_their_driver_offers(tmp_path: Path) -> None:
-    found = cuda.probe(fake_driver(tmp_path, 0))
+def machine(name: str) -> Answers:
+    """A recorded one, see tests/gpudirect."""
+    return msgspec.json.decode(RECORDED.read_bytes(), type=dict[str, Answers])[name]
+
+
+def test_gpus_are_listed_with_what_their_driver_offers(standin: Standin) -> None:
+    found = cuda.probe()
 
     assert found.version == "12.4"
-    assert [(g.name, g.dma_buf, g.gpu_direct) for g in found.gpus] == [
-        ("Big GPU", True, True),
-        ("Small GPU", False, True),
+    assert [(g.name, g.bus, g.dma_buf, g.gpu_direct) for g in found.gpus] == [
+        ("Stand-in 0", "0000:17:00.0", True, True),
+        ("Stand-in 1", "0000:18:00.0", True, True),
     ]
-    get, put = ladders.gpu(found)
-    assert "GPUs [0] could" in get.rungs[0].why
-    for ladder in (get, put):
+    for ladder in ladders.gpu(found):
         assert ladder.taken is not None
-        assert ladder.taken.name == "host memory"  # this version
+        assert ladder.taken.name == "pinned staging"
+        assert [r.name for r in ladder.rungs] == [
+            "dma-buf",
+            "nvidia-peermem",
+            "pinned staging",
+            "host memory",
+        ]
+        assert all(r.why for r in ladder.rungs)
+    assert not any(s.startswith("retain") for s in standin.log()), "no context for the asking"
 
 
-def test_driver_without_a_gpu_says_so(tmp_path: Path) -> None:
-    found = cuda.probe(fake_driver(tmp_path, 100))
+def test_get_and_put_have_a_rung_each_and_each_gpu_its_own(
+    bare: None, standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LIBRARY", standin.path)
+    monkeypatch.setattr(cuda, "ask", lambda fabric, index, at: machine((SLOW, H100)[index]))
 
-    assert (found.gpus, found.why) == ((), "cuInit: CUDA_ERROR_NO_DEVICE (100)")
+    report = json.loads(doctor("--json").output)
+    shown = doctor().output
+
+    assert report["ladders"]["gpu_get"]["taken"] == "dma-buf"
+    assert report["ladders"]["gpu_put"]["taken"] == "pinned staging"
+    second = report["gpus"]["gpus"][1]
+    assert (second["decision"]["get"]["name"], second["decision"]["put"]["name"]) == ("dma-buf", "dma-buf")
+    assert second["answers"]["host"]["gbps"] > 40
+    for words in (
+        "gpu_put: pinned staging",
+        "✗ dma-buf: slow, 1.40 GB/s (host memory: 24.80)",
+        "GPU 0 Stand-in 0 (0000:17:00.0)",
+        "put → staged: dma-buf: slow",
+        "GPU 1 Stand-in 1 (0000:18:00.0)",
+        "put → dma-buf: READs out of",
+    ):
+        assert words in shown, words
 
 
-def test_library_that_is_no_driver_is_no_crash(tmp_path: Path) -> None:
+def test_what_to_do_about_a_rung_that_is_not_there() -> None:
+    answers = machine("driver of 2021")
+    gpu = cuda.Gpu(0, "V100", "", False, False, "call", answers, decide(answers))
+    get, _ = ladders.gpu(cuda.Cuda("11.2", (gpu,), ""))
+    assert get.rungs[0].do == "NVIDIA's open kernel modules, driver 515 or later"
+    assert get.rungs[1].do == "modprobe nvidia_peermem"
+
+
+def test_driver_without_a_gpu_says_so(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_loaded", {})
+    standin.fail("cuInit", 100)
+    assert (cuda.probe().gpus, cuda.probe().why) == ((), "cuInit: CUDA_ERROR_NO_DEVICE (100)")
+
+
+def test_library_that_is_no_driver_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gcc = shutil.which("gcc")
     if gcc is None:
         pytest.skip("no gcc to make a stand-in for libcuda")
     subprocess.run([gcc, "-shared", "-o", tmp_path / "libempty.so", "-xc", "/dev/null"], check=True)
+    monkeypatch.setattr(driver, "LIBRARY", str(tmp_path / "libempty.so"))
 
-    assert "is no CUDA driver" in cuda.probe(str(tmp_path / "libempty.so")).why
+    assert "is no CUDA driver" in cuda.probe().why
 
 
 def test_gpu_on_the_bus_without_a_driver(tmp_path: Path) -> None:
@@ -491,3 +535,18 @@ def test_tcp_can_be_asked_for_all_the_same(device: str) -> None:
     assert done.exit_code == 0
     assert "✓ tcp" in done.output
     assert "✓ verbs" not in done.output
+
+
+@pytest.mark.verbs
+def test_gpu_beside_soft_roce_is_staged_and_told_why(device: str, standin: Standin) -> None:
+    if devices.probe(device).dma_buf:
+        pytest.skip("this device takes dma-bufs")
+    report = json.loads(doctor("--json").output)
+
+    first = report["gpus"]["gpus"][0]
+    assert first["answers"]["fabric"] == "verbs"
+    assert first["answers"]["host"]["ok"], first["answers"]["host"]["text"]
+    for direction in ("get", "put"):
+        assert first["decision"][direction]["name"] == "staged"
+        assert f"{device} (" in first["decision"][direction]["reason"]
+        assert report["ladders"][f"gpu_{direction}"]["taken"] == "pinned staging"
