@@ -145,13 +145,12 @@ class Namespace:
 
     def _settle_on(self, store: FlashStore, record: f.Name) -> None:
         """Takes up what flash has of the namespace, or has it remember the namespace."""
-        flash = Tenant(store, self.ns, record)
+        self.flash = flash = Tenant(store, self.ns, record)
         if record.id not in store.names:
             store.remember(record)  # before its first segment
         else:
             flash.make_room_for(flash.expected)
             flash.restore()
-        self.flash = flash
 
     # --- registered memory; may be called in the pool ---
 
@@ -330,6 +329,8 @@ class Namespace:
         """Closes both domains and frees the core. No session, no job and no chore any more; blocks."""
         self.serve.close()
         self.pull.close()
+        if self.flash:
+            self.flash.close()
         if self.ns != ffi.NULL:
             lib.mkv_ns_free(self.ns)
             self.ns = ffi.NULL

@@ -123,6 +123,14 @@ class Sharing:
         with self._lock:
             self._holders[holder.name.id] = holder
 
+    def leave(self, holder: Holder) -> None:
+        """It is closed: nothing is asked of it any more, and nothing given to it."""
+        with self._lock:
+            self._holders.pop(holder.name.id, None)
+            self._wishes = {
+                k: w for k, w in self._wishes.items() if w.holder is not holder and w.giver is not holder
+            }
+
     @property
     def waiting(self) -> bool:
         """Whether :meth:`look` is to be called now and then."""

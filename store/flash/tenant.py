@@ -150,6 +150,10 @@ class Tenant:
 
     # --- stopping, and what it tells ---
 
+    def close(self) -> None:
+        """Before the namespace's core is freed."""
+        self.store.sharing.leave(self)
+
     def export(self) -> Records:
         """All blocks on flash, ``device`` being the engine's index. Nothing changes meanwhile."""
         n = int(lib.mkv_ns_flash_export(self._ns, ffi.NULL, 0))

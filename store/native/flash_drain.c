@@ -5,7 +5,8 @@
  * and decides whose turn it is to give one up. The blocks of that segment are evicted, and the headers zeroed
  * as those of deleted blocks are: the next owner's epoch would hide them, but until Python has written that
  * down they would be found again, and some of them may be older images of blocks that are deleted meanwhile.
- * What is pinned, being written, or being read by somebody is waited for.
+ * What is pinned, being written, or being read by somebody is waited for. After a sync nothing is emptied any
+ * more, as flash_kept.c has it: a header that is being zeroed while a snapshot is taken would be in neither.
  */
 #include "flash_ns.h"
 
@@ -52,7 +53,7 @@ static struct mkv_seg *cheapest(struct mkv_ns *ns, uint64_t devices) {
 void mkv_drain_pump(struct mkv_ns *ns) {
     struct mkv_ns_flash *nf = ns->flash;
     struct mkv_seg *s = nf->draining;
-    if (!s || s->drained)
+    if (!s || s->drained || nf->frozen)
         return;
     uint32_t dead = 0;
     for (uint32_t k = 0; k < s->count; k++) {

@@ -246,6 +246,22 @@ def test_a_segment_that_cannot_be_used_is_free_again() -> None:
     assert shelf.held() == {(1, 10): 3}
 
 
+def test_who_has_left_is_not_asked() -> None:
+    shelf = FakeShelf()
+    giver, late = Fake(1, shelf), Fake(2, shelf)
+    shelf.sharing.ask(late, 20)
+    shelf.sharing.leave(late)
+    assert not shelf.sharing.waiting
+    giver.gives()
+    assert late.told == ["promised 20"]
+    assert shelf.held() == {(1, 10): 3}
+    late = Fake(2, shelf)
+    shelf.sharing.leave(giver)
+    shelf.sharing.ask(late, 20)
+    assert not giver.giving
+    assert late.told[-1] == "denied 20"
+
+
 # --- on a node ---
 
 LARGE = 2 * BLOCK

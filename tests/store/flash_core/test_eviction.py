@@ -170,6 +170,19 @@ def test_a_class_that_was_promised_a_segment_waits_for_it(room: Room) -> None:
     assert space.tier().lost_memory_acks == 1
 
 
+def test_between_a_sync_and_its_snapshot_no_segment_is_emptied(room: Room) -> None:
+    space = room.start(room.disks(devices=1, segments=2), slabs=2)
+    keys = fill(space, 20)
+    space.wait_barrier(sync=True)
+    before = space.flash_stats().blocks
+    assert lib.mkv_ns_segment_give_up(space.ns, EVERY) == 0
+    space.tick()
+    assert space.flash_stats().blocks == before == len(keys)
+    fill(space, 1, first=100)  # life goes on
+    space.tick()
+    assert space.flash_stats().blocks < before
+
+
 def test_a_segment_is_given_back_only_when_nothing_in_it_is_pinned_or_on_its_way(room: Room) -> None:
     space = room.start(room.disks(devices=1, segments=2), slabs=2)
     keys = fill(space, 24)
