@@ -14,6 +14,7 @@ from typing import Any
 
 from ...rdma.errors import LocalError, MemKVError
 from ...store.layout import CHUNK_BYTES
+from ..copier import stream_handle
 
 NAMES = ("checksum", "pages")
 OPTIONS = ("--std=c++14",)  # of the compiler
@@ -90,11 +91,7 @@ def multiprocessors(device: int) -> int:
 def on(stream: Any) -> Any:
     """A context manager that makes ``stream`` the current one.
 
-    :param stream: None (the current one stays), a CuPy or torch stream, or a ``cudaStream_t`` as an int.
+    :param stream: None (the current one stays), a CuPy or torch stream, or a handle; see
+        :func:`memkv.gpudirect.copier.stream_handle`.
     """
-    if stream is None:
-        return nullcontext()
-    handle = getattr(stream, "ptr", getattr(stream, "cuda_stream", stream))
-    if not isinstance(handle, int):
-        raise LocalError(f"a {type(stream).__name__} is no stream", "a CuPy or torch stream, or its address")
-    return cupy().cuda.ExternalStream(handle)
+    return nullcontext() if stream is None else cupy().cuda.ExternalStream(stream_handle(stream))
