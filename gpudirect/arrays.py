@@ -106,7 +106,7 @@ def obstacle(known: driver.Pointer, address: int, nbytes: int, allocation: tuple
         return "managed memory moves between host and device"
     if known.mempool and not known.gpu_direct:
         return "memory of a stream-ordered pool (cudaMallocAsync) does not support GPUDirect RDMA"
-    if not known.mapped:
+    if not known.legacy_ipc and not known.mapped:
         return "nothing is mapped at this address"
     if not known.legacy_ipc and not known.gpu_direct:
         return (
@@ -244,7 +244,7 @@ def _export(buffer: Any, on_gpu: bool) -> Any:
     except Exception as exc:  # libraries raise what they please
         raise LocalError(
             f"a {type(buffer).__name__} does not hand out its memory: {exc}",
-            "detach() a tensor with gradients",
+            "detach() a tensor with gradients, view(torch.uint8) one of a dtype that DLPack lacks",
         ) from None
 
 

@@ -6,9 +6,9 @@ costs milliseconds and BAR1 space.
     buffer ──► window, a region of its own ──► registration, counted ──► allocation of CUDA's
                                                key: domain, right, way, start, size, CUDA's buffer id
 
-What READs of ours land in is registered by whole allocations: it gives nobody a right. What others may READ
-is registered no further than the whole pages of the buffer itself, since an allocation may hold strangers'
-arrays (CuPy's and torch's pools cut theirs up).
+What READs of ours land in is registered by whole allocations, where they are not too large for that: it gives
+nobody a right. What others may READ is registered no further than the whole pages of the buffer itself, since
+an allocation may hold strangers' arrays (CuPy's and torch's pools cut theirs up).
 
 CUDA's buffer id is unique for as long as the process lives. An allocation that was freed under its
 registration, even if another has its address by now, is found by comparing ids (:meth:`Registry.stale`): once
@@ -93,16 +93,10 @@ class Registry:
             raise NotRegistered(memory.reason, 95)
         if self._cuda.buffer_id(memory.address) != memory.buffer_id:
             raise LocalError("this GPU memory was freed", "register it anew after allocating it")
-        start, size = memory.allocation
-        if remote_read:
-            start, size = dmabuf.span(memory.address, memory.nbytes)
-        key: _Key = (id(domain), remote_read, way, start, size, memory.buffer_id)
+        own = dmabuf.span(memory.address, memory.nbytes)
+        spans = [own] if remote_read else [memory.allocation, own]
         with self._lock:
-            held = self._known.get(key)
-            if held is None:
-                region = self._register(domain, memory, start, size, remote_read, way)
-                held = Registration(key, memory.device, memory.buffer_id, memory.address, region)
-                self._known[key] = held
+            held = self._hold(domain, memory, spans, remote_read, way)
             held.uses += 1
         try:
             window = domain.window(
@@ -112,6 +106,29 @@ class Registry:
             self._release(held)
             raise
         return Window(window, held, self)
+
+    def _hold(
+        self, domain: Domain, memory: Memory, spans: list[tuple[int, int]], remote_read: bool, way: Way
+    ) -> Registration:
+        """The registration over the first of ``spans`` that there is, or that can be made: a whole allocation
+        may be too large for BAR1, or for one memory region.
+        """
+        keys: list[_Key] = [(id(domain), remote_read, way, *span, memory.buffer_id) for span in spans]
+        for key in keys:
+            if key in self._known:
+                return self._known[key]
+        assert memory.device is not None
+        for key, span in zip(keys, spans, strict=True):
+            try:
+                region = self._register(domain, memory, *span, remote_read, way)
+            except NotRegistered:
+                if span == spans[-1] or dmabuf.span(*span) == spans[-1]:
+                    raise
+                continue
+            held = Registration(key, memory.device, memory.buffer_id, memory.address, region)
+            self._known[key] = held
+            return held
+        raise AssertionError("the last span was registered, or raised")
 
     def _register(
         self, domain: Domain, memory: Memory, start: int, size: int, remote_read: bool, way: Way

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..rdma.errors import DeviceError, LocalError
 from . import driver
 from .order import Before
@@ -151,8 +153,6 @@ class Block(_Bytes):
         :param offsets: bytes from the start of this block. :param lengths: bytes; one for all, or one each.
         :raises LocalError: a slice is not inside the block, or the slabs are not registered.
         """
-        import numpy as np
-
         if self.slab.buffer is None or self.closed:
             raise LocalError("this block is closed, or its slabs were not registered", "Slabs(register=…)")
         start = np.atleast_1d(np.asarray(offsets, np.uint64))
@@ -170,7 +170,7 @@ class Block(_Bytes):
             raise LocalError(
                 "CuPy is not installed", "pip install cupy-cuda12x; or torch.as_tensor(block)"
             ) from None
-        kind = cupy.dtype(dtype)
+        kind = np.dtype(dtype)
         shape = (self.nbytes // kind.itemsize,) if shape is None else shape
         memory = cupy.cuda.UnownedMemory(self.address, self.nbytes, self, device_id=self.slab.device)
         out = cupy.ndarray(shape, kind, memptr=cupy.cuda.MemoryPointer(memory, 0))

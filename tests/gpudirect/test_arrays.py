@@ -180,7 +180,7 @@ RANGE = (0x1000, 0x9000)
         ({"legacy_ipc": False, "gpu_direct": False}, RANGE, "expandable_segments"),
         ({"legacy_ipc": False, "gpu_direct": True}, RANGE, ""),
         ({"legacy_ipc": False, "gpu_direct": True}, (0x1000, 0x1800), "spans several mappings"),
-        ({"mapped": False}, RANGE, "nothing is mapped"),
+        ({"legacy_ipc": False, "mapped": False}, RANGE, "nothing is mapped"),
         ({}, None, "does not tell"),
     ],
 )

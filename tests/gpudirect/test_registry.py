@@ -33,6 +33,8 @@ class Device(Domain):
         self.registered: list[tuple[int, int, int, tuple[int, int] | None]] = []
         self.withdrawn = 0
         self.refuse = 0
+        self.longest = 1 << 60
+        self.tried: list[int] = []
 
     def _register(self, address: int, length: int, access: int) -> Registered:
         raise NotImplementedError
@@ -40,8 +42,9 @@ class Device(Domain):
     def _register_device(
         self, address: int, length: int, access: int, dma_buf: tuple[int, int] | None
     ) -> Registered:
-        if self.refuse:
-            raise NotRegistered("no", self.refuse)
+        self.tried.append(length)
+        if self.refuse or length > self.longest:
+            raise NotRegistered("no", self.refuse or errno.ENOMEM)
         if dma_buf is not None:
             os.fstat(dma_buf[0])  # open still
         self.registered.append((address, length, access, dma_buf))
@@ -127,6 +130,23 @@ def test_what_others_may_read_is_registered_no_further_than_its_pages(
     assert (address, length, access) == (pointer + MIB, 2 * PAGE, 2)
     assert window.region.id == 77
     assert window.region.desc.rails[0][0] == ZERO_BASED + 512
+
+
+def test_an_allocation_that_is_too_large_is_registered_by_the_pages_of_its_buffers(
+    standin: Standin, registry: Registry, device: Device
+) -> None:
+    pointer = standin.alloc(8 * MIB)
+    device.longest = 4 * MIB
+    a = registry.acquire(device, part(pointer, MIB + 512, 4096), remote_read=False, way="dma-buf")
+    again = registry.acquire(device, part(pointer, MIB + 512, 4096), remote_read=False, way="dma-buf")
+    assert device.tried == [8 * MIB, 2 * PAGE]
+    assert a.registration is again.registration
+    assert a.region.desc.rails[0][0] == ZERO_BASED + 512
+    with pytest.raises(NotRegistered):
+        registry.acquire(device, part(pointer, 0, 6 * MIB), remote_read=False, way="dma-buf")
+    with pytest.raises(NotRegistered):
+        registry.acquire(device, part(pointer, 0, 8 * MIB), remote_read=False, way="dma-buf")
+    assert device.tried[2:] == [8 * MIB, 6 * MIB, 8 * MIB], "the same is not tried twice"
 
 
 def test_rights_ways_and_domains_are_not_mixed(standin: Standin, registry: Registry, device: Device) -> None:

@@ -198,7 +198,6 @@ def test_a_block_becomes_a_cupy_array_that_does_not_own_it(
         return SimpleNamespace(shape=shape, dtype=dtype, nbytes=int(np.prod(shape)) * dtype.itemsize)
 
     cupy: Any = ModuleType("cupy")
-    cupy.dtype = np.dtype
     cupy.ndarray = array
     cupy.cuda = SimpleNamespace(UnownedMemory=unowned, MemoryPointer=lambda m, o: (m, o))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
