@@ -94,4 +94,19 @@ def on(stream: Any) -> Any:
     :param stream: None (the current one stays), a CuPy or torch stream, or a handle; see
         :func:`memkv.gpudirect.copier.stream_handle`.
     """
-    return nullcontext() if stream is None else cupy().cuda.ExternalStream(stream_handle(stream))
+    if stream is None:
+        return nullcontext()
+    cuda, handle = cupy().cuda, stream_handle(stream)
+    if hasattr(cuda.Stream, "from_external"):  # from CuPy 14 on, where the other is deprecated
+        return cuda.Stream.from_external(_Handle(handle))
+    return cuda.ExternalStream(handle)
+
+
+class _Handle:
+    """A stream for libraries: the ``__cuda_stream__`` protocol, version 0."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle

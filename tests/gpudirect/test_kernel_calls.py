@@ -65,7 +65,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         uint64=np.uint64,
         int32=np.int32,
         cuda=SimpleNamespace(
-            runtime=SimpleNamespace(getDevice=lambda: 0), ExternalStream=lambda handle: nullcontext()
+            runtime=SimpleNamespace(getDevice=lambda: 0),
+            Stream=SimpleNamespace(),
+            ExternalStream=lambda handle: nullcontext(handle),
         ),
     )
     monkeypatch.setattr(kernels, "cupy", lambda: cupy)
@@ -173,10 +175,18 @@ def test_pages_that_do_not_exist_are_counted(launched: list[tuple[str, int]]) ->
         pages.gather(layout, [[3, PAGES]], [blocks.data.ptr])
 
 
-def test_streams_are_taken_by_handle(launched: list[tuple[str, int]]) -> None:
-    for stream in (None, 7, SimpleNamespace(ptr=7), SimpleNamespace(cuda_stream=7)):
-        with kernels.on(stream):
-            pass
+@pytest.mark.parametrize("newer", [False, True])
+def test_streams_are_taken_by_handle(
+    launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, newer: bool
+) -> None:
+    if newer:  # CuPy 14 and later
+        external = lambda stream: nullcontext(stream.__cuda_stream__()[1])  # noqa: E731
+        monkeypatch.setattr(kernels.cupy().cuda.Stream, "from_external", external, raising=False)
+    for stream in (7, SimpleNamespace(ptr=7), SimpleNamespace(cuda_stream=7)):
+        with kernels.on(stream) as handle:
+            assert handle == 7
+    with kernels.on(None):
+        pass
     with pytest.raises(LocalError, match="no CUDA stream"):
         kernels.on("stream")
 
