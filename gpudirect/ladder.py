@@ -192,7 +192,8 @@ def _tried(a: Answers, name: str) -> Tried:
 
 
 def _step(step: Step) -> str:
-    return f"{step.text} ({errno.errorcode.get(step.errno, step.errno)})" if step.errno else step.text
+    names = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}  # Linux gives that number two names
+    return f"{step.text} ({names.get(step.errno, step.errno)})" if step.errno else step.text
 
 
 def _speeds(read: Read, host: Read) -> str:

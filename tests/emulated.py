@@ -13,6 +13,11 @@ import os
 CHOSEN = {
     "rdma/test_channels.py": None,  # all of them
     "rdma/test_devices.py": None,
+    "rdma/test_dmabuf.py": None,
+    "gpudirect/test_step_down.py": {
+        "test_a_real_dma_buf_is_refused_by_the_kernel_and_the_same_calls_are_staged",
+        "test_by_address_blocks_go_straight_into_and_out_of_that_memory",
+    },
     "cli/test_doctor.py": None,
     "store/test_puts.py": {
         "test_a_put_is_pulled_and_can_be_read",

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <pthread.h>
 #include <linux/udmabuf.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -35,15 +36,19 @@ static struct {
 static char logged[1 << 16];
 static uint64_t next_id = 100, next_handle = 0x1000;
 static int held, plain, initialised, attribute[200], context_flags;
-static P context[2] = {0xc0, 0xc1}, stack[16];
-static int depth;
+static P context[2] = {0xc0, 0xc1};
+static __thread P stack[16];
+static __thread int depth;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void note(const char *format, ...) {
     va_list args;
+    pthread_mutex_lock(&lock);
     size_t n = strlen(logged);
     va_start(args, format);
     vsnprintf(logged + n, sizeof logged - n, format, args);
     va_end(args);
+    pthread_mutex_unlock(&lock);
 }
 
 static int fails(const char *name) {
@@ -178,6 +183,11 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
 int cuDevicePrimaryCtxRetain(P *out, int device) {
     note("retain %d\n", device);
     *out = context[device];
+    return 0;
+}
+int cuCtxSetCurrent(P c) {
+    depth += !depth;
+    stack[depth - 1] = c;
     return 0;
 }
 int cuCtxPushCurrent_v2(P c) {
