@@ -214,6 +214,14 @@ def test_the_table_has_heading_targets_and_loads(gpu_check: Any, tmp_path: Path)
     assert "memkv-bench get --memory cuda:0, over tcp" in text
 
 
+def test_a_part_may_be_run_alone(gpu_check: Any, tmp_path: Path) -> None:
+    def names(only: str) -> list[str]:
+        return [name for name, _ in gpu_check.Check(tmp_path, tmp_path, 1.0, True, only).parts()]
+
+    assert names("tests") == ["tests on the host", "tests on the GPU"]
+    assert names("") == names("tests") + names("bench") + names("sanitizer")
+
+
 @pytest.mark.slow
 @needs_gcc
 def test_a_dry_run_goes_through(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ GENERATED = (
     "*.egg-info",
 )
 TARGETS = {"staging": 0.95, "gather": 0.8, "scatter": 0.8, "checksum": 0.8}  # of the limit beside
+PARTS = ("tests", "bench", "sanitizer")
 HEADERS = {
     "Python.h": "python",
     "infiniband/verbs.h": "verbs",
@@ -68,8 +69,8 @@ class LeftOut(Exception):
 class Check:
     """A run: where its things lie, what it has found."""
 
-    def __init__(self, repo: Path, out: Path, seconds: float, dry_run: bool) -> None:
-        self.repo, self.out, self.seconds, self.dry_run = repo, out, seconds, dry_run
+    def __init__(self, repo: Path, out: Path, seconds: float, dry_run: bool, only: str = "") -> None:
+        self.repo, self.out, self.seconds, self.dry_run, self.only = repo, out, seconds, dry_run, only
         self.bundle = repo / "build/gpu-bundle"
         self.work = out / "work"
         self.tree = self.work / "tree"
@@ -199,7 +200,9 @@ class Check:
     def tests(self, name: str, *what: str, prefix: tuple[str, ...] = (), limit: float = 420) -> str:
         """Runs tests; how many passed, failed and were skipped, and why."""
         report = self.logs / f"{name}.xml"
-        pytest = self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *what)
+        pytest = self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}")
+        verbs = name != "host" and self.found["answers"]["rdma_devices"]
+        pytest += ["-m", "not slow" if verbs else "not slow and not verbs", *what]
         try:
             self.run(name, [*prefix, *pytest], limit)
         finally:
@@ -277,26 +280,38 @@ class Check:
             and self.step("build", self.build)
             and self.step("probe", self.probe)
         )
-        if ready:
-            if not self.has_gpu and not self.dry_run:
-                self.step("GPU", self.no_gpu)
-            seconds = ("--seconds", str(self.seconds))
-            self.step(
-                "tests on the host",
-                lambda: self.tests("host", "tests/gpudirect", "tests/cli/test_gpu_bench.py"),
-            )
-            self.step("tests on the GPU", lambda: self.tests("gpu", "tests/hardware", limit=600))
-            self.step("memkv-bench gpu", lambda: self.bench("gpu", "gpu", *seconds))
-            load = ("--memory", "cuda:0", "--sizes", "64k,1m,4m", *seconds)
-            for kind in ("get", "put"):
-                name = f"memkv-bench {kind} --memory cuda:0"
-                self.step(name, lambda kind=kind: self.bench(kind, kind, *load))
-            latency = ("latency", "--memory", "cuda:0", "--calls", "200")
-            self.step("memkv-bench latency --memory cuda:0", lambda: self.bench("latency", *latency))
-            for tool in ("memcheck", "synccheck"):
-                self.step(f"compute-sanitizer {tool}", lambda tool=tool: self.sanitizer(tool))
+        if ready and not self.has_gpu and not self.dry_run:
+            self.step("GPU", self.no_gpu)
+        for name, what in self.parts() if ready else ():
+            self.step(name, what)
         self.save()
         return all(step["outcome"] != "failed" for step in self.found["steps"])
+
+    def parts(self) -> list[tuple[str, Callable[[], str]]]:
+        """What runs on the core that was built: (name, step)."""
+        seconds = ("--seconds", str(self.seconds))
+        load = ("--memory", "cuda:0", "--sizes", "64k,1m,4m", *seconds)
+        host = ("tests/gpudirect", "tests/cli/test_gpu_bench.py")
+        parts: dict[str, list[tuple[str, Callable[[], str]]]] = {
+            "tests": [
+                ("tests on the host", lambda: self.tests("host", *host)),
+                ("tests on the GPU", lambda: self.tests("gpu", "tests/hardware", limit=600)),
+            ],
+            "bench": [
+                ("memkv-bench gpu", lambda: self.bench("gpu", "gpu", *seconds)),
+                ("memkv-bench get --memory cuda:0", lambda: self.bench("get", "get", *load)),
+                ("memkv-bench put --memory cuda:0", lambda: self.bench("put", "put", *load)),
+                (
+                    "memkv-bench latency --memory cuda:0",
+                    lambda: self.bench("latency", "latency", "--memory", "cuda:0", "--calls", "200"),
+                ),
+            ],
+            "sanitizer": [
+                ("compute-sanitizer memcheck", lambda: self.sanitizer("memcheck")),
+                ("compute-sanitizer synccheck", lambda: self.sanitizer("synccheck")),
+            ],
+        }
+        return [step for part in PARTS if self.only in ("", part) for step in parts[part]]
 
     def no_gpu(self) -> str:
         raise Failed(
@@ -365,6 +380,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--only", choices=PARTS, default="")
     args = parser.parse_args()
     if args.bundle:
         try:
@@ -374,7 +390,7 @@ def main() -> int:
             return 1
         return 0
     out = (args.out or Path(os.environ.get("OUT") or args.repo / "build/gpu-check")).absolute()
-    check = Check(args.repo, out, args.seconds, args.dry_run)
+    check = Check(args.repo, out, args.seconds, args.dry_run, args.only)
     good = check.all()
     print((out / "gpu-check.txt").read_text(encoding="utf-8"), end="")
     say(f"{out}/gpu-check.json and gpu-check.txt")
