@@ -60,7 +60,8 @@ class Engine:
 
     def run(self, op: int, device: int = 0, offset: int = 0, at: int = 0, length: int = SECTOR) -> int:
         """One request's result."""
-        result: int = self.run_many([(op, device, offset, at, length)])[0].result
+        ios = self.run_many([(op, device, offset, at, length)])  # an element does not keep its array
+        result: int = ios[0].result
         return result
 
     def write(self, data: bytes, offset: int, device: int = 0) -> int:
