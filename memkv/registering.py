@@ -182,9 +182,9 @@ def _locate(buffer: Any) -> tuple[Memory, str]:
     address, nbytes, device = buffer
     if not all(isinstance(x, int) and x > 0 for x in (address, nbytes)) or not isinstance(device, str):
         raise LocalError('raw GPU memory is (pointer, size in bytes, "cuda:0"), both positive')
-    memory = (
-        of_pointer(address, nbytes, True, None) if driver.in_use() else Memory(address, nbytes, True, None)
-    )
-    if memory.device is not None and device != f"cuda:{memory.device}":
-        raise LocalError(f"{address:#x} is memory of cuda:{memory.device}, not {device}")
+    if not driver.in_use():  # so nobody can say what it is
+        return Memory(address, nbytes, True, None), device
+    memory = of_pointer(address, nbytes, True, None)
+    if device != (found := "cpu" if memory.device is None else f"cuda:{memory.device}"):
+        raise LocalError(f"{address:#x} is memory of {found}, not {device}")
     return memory, device

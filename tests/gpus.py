@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 import memkv.gpu
+from memkv.gpudirect import driver
 from memkv.gpudirect.copier_host import HostDevice
 from memkv.gpudirect.native._copier import ffi, lib
 from memkv.peer import Peer
@@ -40,6 +41,7 @@ class Gpus(dict[str, HostDevice]):
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     found = Gpus()
+    monkeypatch.setattr(driver, "in_use", lambda: False)  # a real GPU's driver knows host memory as such
     monkeypatch.setattr(memkv.gpu, "open_device", found.open)
     return found
 
