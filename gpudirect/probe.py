@@ -171,6 +171,8 @@ def ask(fabric: Fabric | None, device: int, host: str = "127.0.0.1", nbytes: int
         if facts.gpu_direct and answers.peermem == "loaded":
             by_address = _try(fabric, cuda, memory, "peermem", host)
         return replace(answers, dma_buf=by_dma_buf, by_peermem=by_address)
+    except (MemKVError, OSError) as exc:
+        return replace(answers, memory=f"asking failed: {exc}")
     finally:
         with contextlib.suppress(MemKVError), cuda.on(device):
             cuda.mem_free(pointer)

@@ -93,7 +93,9 @@ class Registry:
             raise NotRegistered(memory.reason, 95)
         if self._cuda.buffer_id(memory.address) != memory.buffer_id:
             raise LocalError("this GPU memory was freed", "register it anew after allocating it")
-        own = dmabuf.span(memory.address, memory.nbytes)
+        own = (memory.address, memory.nbytes)
+        if way == "dma-buf":
+            own = dmabuf.span(*own)
         spans = [own] if remote_read else [memory.allocation, own]
         with self._lock:
             held = self._hold(domain, memory, spans, remote_read, way)
@@ -122,7 +124,7 @@ class Registry:
             try:
                 region = self._register(domain, memory, *span, remote_read, way)
             except NotRegistered:
-                if span == spans[-1] or dmabuf.span(*span) == spans[-1]:
+                if spans[-1] in (span, dmabuf.span(*span)):
                     raise
                 continue
             held = Registration(key, memory.device, memory.buffer_id, memory.address, region)
@@ -133,13 +135,13 @@ class Registry:
     def _register(
         self, domain: Domain, memory: Memory, start: int, size: int, remote_read: bool, way: Way
     ) -> Region:
-        """Over whole pages; the part of it that nobody asked for is not in any window."""
+        """A dma-buf is of whole pages; what nobody asked for is not in any window."""
         assert memory.device is not None
-        first, length = dmabuf.span(start, size)
         with self._cuda.on(memory.device):
             self._keep_order(memory.address)
             if way == "peermem":
-                return domain.register_device(first, length, dma_buf=None, remote_read=remote_read)
+                return domain.register_device(start, size, dma_buf=None, remote_read=remote_read)
+            first, length = dmabuf.span(start, size)
             try:
                 fd = self._cuda.export_dma_buf(first, length)
             except DriverError as exc:

@@ -217,6 +217,18 @@ def test_peermem_is_the_next_rung(
     assert (decide(answers).get.name, decide(answers).put.name) == ("peermem", "peermem")
 
 
+def test_whatever_fails_in_the_middle_is_an_answer(standin: Standin, reaching: Reaching) -> None:
+    capable(standin)
+    standin.lib.standin_plain(1)
+    standin.fail("dtoh", 719)
+    answers = ask(reaching, 0, nbytes=MIB)
+    assert "error 719" in answers.dma_buf.get.text
+    standin.fail("cuPointerGetAttributes", 719)
+    answers = ask(reaching, 0, nbytes=MIB)
+    assert decide(answers).get.reason.startswith("asking failed: cuPointerGetAttributes: error 719")
+    assert standin.log().count("free") == 2
+
+
 def test_a_full_gpu_is_an_answer(standin: Standin, reaching: Reaching) -> None:
     capable(standin)
     standin.fail("cuMemAlloc", 2)

@@ -169,8 +169,9 @@ def test_by_address_nothing_is_exported(standin: Standin, registry: Registry, de
     pointer = standin.alloc(MIB)
     standin.log()
     window = registry.acquire(device, part(pointer, 512, 64), remote_read=False, way="peermem")
-    assert device.registered == [(pointer, MIB, 1, None)]
-    assert window.region.desc.rails[0][0] == pointer + 512
+    source = registry.acquire(device, part(pointer, 512, 64), remote_read=True, way="peermem")
+    assert device.registered == [(pointer, MIB, 1, None), (pointer + 512, 64, 2, None)]
+    assert window.region.desc.rails[0][0] == source.region.desc.rails[0][0] == pointer + 512
     assert not any("export" in s for s in standin.log())
 
 
