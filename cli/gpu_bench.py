@@ -128,5 +128,8 @@ def _cupy() -> str:
         import cupy
     except ImportError as exc:
         return f"none: {exc}"
-    version = int(cupy.cuda.runtime.runtimeGetVersion())
+    try:
+        version = int(cupy.cuda.runtime.runtimeGetVersion())
+    except Exception as exc:  # its libraries do not fit this machine
+        return f"{cupy.__version__}, which cannot be used: {exc}"
     return f"{cupy.__version__}, CUDA runtime {version // 1000}.{version % 1000 // 10}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..gpudirect import checksum, kernels, pages
 from ..gpudirect.pages import Layout
+from ..rdma.errors import MemKVError
 from ..store.native._store import ffi, lib
 from . import pattern
 from .compare import LIMIT, Contestant
@@ -42,14 +43,25 @@ SHAPES = (
 class KernelRig:
     """Memory on a GPU for the kernels: a cache, and as much again for blocks.
 
-    :raises LocalError: no CuPy. :raises MemKVError: the kernels do not compile.
+    :raises LocalError: no CuPy. :raises MemKVError: it cannot use this GPU, or the kernels do not compile.
     """
 
     def __init__(self, index: int, working_set: int, seconds: float) -> None:
         self.cupy = kernels.cupy()
-        self.device = self.cupy.cuda.Device(index)
         self.seconds = seconds
         self.nbytes = max(1, working_set // BLOCK) * BLOCK
+        try:
+            self.device = self.cupy.cuda.Device(index)
+            self._ready()
+        except MemKVError:
+            raise
+        except Exception as exc:  # a CuPy that does not fit this driver, or too little memory
+            raise MemKVError(
+                f"CuPy cannot use cuda:{index}: {exc}", "nvidia-smi shows driver and memory"
+            ) from None
+
+    def _ready(self) -> None:
+        """Fills the cache, and compiles the kernels."""
         with self.device:
             self.stream = self.cupy.cuda.Stream(non_blocking=True)
             with self.stream:
@@ -58,10 +70,6 @@ class KernelRig:
                 del ramp
                 self.packed = self.cupy.zeros(self.nbytes, self.cupy.uint8)
             self.stream.synchronize()
-        self._check_compilers()
-
-    def _check_compilers(self) -> None:
-        with self.device:
             kernels.function("checksum", "mkv_chunks")
             kernels.function("pages", "mkv_gather_16")
 

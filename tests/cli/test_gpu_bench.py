@@ -25,6 +25,8 @@ from memkv.gpudirect.copier_host import HostDevice
 from memkv.rdma.errors import DeviceError, LocalError
 from memkv.rdma.memory import HostMemory
 
+from ..gpudirect import standin
+
 NO_GPU = driver.available()
 MIB = 1 << 20
 
@@ -176,6 +178,59 @@ def test_the_link_is_shown_as_the_kernel_has_it(tmp_path: Path) -> None:
         "0000:17:00.0: 32.0 GT/s PCIe x16 (at most 32.0 GT/s PCIe x16)"
     )
     assert "does not show" in gpu_rig.pcie("0000:18:00.0", tmp_path)
+
+
+# --- through the driver: libcuda's stand-in ---
+
+
+@pytest.fixture
+def libcuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A library with libcuda's names, whose GPUs are memory of this host, in its place."""
+    path = standin.build()
+    monkeypatch.setattr(driver, "LIBRARY", path)
+    made = standin.Standin(path)
+    yield
+    made.close()
+
+
+def test_the_rig_copies_through_the_driver(libcuda: None) -> None:
+    with gpu_rig.GpuRig("cuda:1") as rig:
+        memory, pinned = rig.alloc(4 * MIB), HostMemory(2 * MIB)
+        pinned.array[:] = np.arange(2 * MIB, dtype=np.uint32).astype(np.uint8)[: 2 * MIB]
+        assert rig.copies(memory, pinned, MIB, 4, True) > 0
+        assert (rig.read(memory, 4 * MIB) == np.tile(pinned.array, 2)).all()
+
+        rig.fill(memory + 3 * MIB, np.full(MIB, 9, np.uint8))
+        rig.copies(memory, pinned, MIB, 4, False)
+        assert (pinned.array[MIB:] == 9).all()
+        assert "Stand-in 1" in rig.heading()["gpu"]
+
+    with pytest.raises(DeviceError, match="no cuda:2 here: 2 GPUs are visible"):
+        gpu_rig.GpuRig("cuda:2")
+
+
+def test_the_command_goes_through_the_driver(libcuda: None) -> None:
+    head, rows, _ = gpu_bench.run(settings(sizes=(MIB,)))
+
+    assert "Stand-in 0" in head["gpu"]
+    assert [row.what for row in rows[:4]] == [
+        "pinned copies into the GPU",
+        "staging into the GPU",
+        "pinned copies out of the GPU",
+        "staging out of the GPU",
+    ]
+    assert all(row.gbps and not row.errors for row in rows[:4])
+    assert rows[4].what == "kernels"  # no CuPy, or one that finds no GPU behind these names
+    assert "CuPy" in rows[4].note
+
+
+def test_a_load_goes_through_the_driver(libcuda: None) -> None:
+    code, result = bench("get", *LOAD)
+
+    assert code == 0, result
+    assert "Stand-in 0" in result["heading"]["gpu"]
+    assert result["heading"]["get into"].startswith("staged (the tcp fabric")
+    assert next(row for row in result["rows"] if row["what"] == "get")["hits"] > 0
 
 
 # --- --memory cuda:0 ---
