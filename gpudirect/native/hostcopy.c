@@ -56,7 +56,7 @@ static void *stream_main(void *arg) {
     struct mkv_hoststream *s = arg;
     pthread_mutex_lock(&s->lock);
     for (;;) {
-        while (!s->stop && (!s->head || s->held))
+        while (!s->stop && (!s->head || (s->held && !s->head->event)))
             pthread_cond_wait(&s->wake, &s->lock);
         struct op *op = s->head;
         if (!op)
