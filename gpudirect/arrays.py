@@ -30,6 +30,8 @@ def of_array(buffer: Any) -> Memory | None:
 
     :raises LocalError: it is on a GPU, and not contiguous, empty, or not to be reached.
     """
+    if _immutable(buffer):
+        buffer.block_until_ready()  # once is enough, since it never changes; JAX has no streams to name
     interface = _cuda_array_interface(buffer)
     if interface is not None:
         return _of_interface(interface, buffer)
@@ -144,7 +146,8 @@ def _of_interface(interface: dict[str, Any], owner: object) -> Memory:
     stream = interface.get("stream") if interface.get("version", 0) >= 3 else None
     if stream is not None and stream < 1:
         raise LocalError("this GPU array names stream 0, which its interface does not allow")
-    return of_pointer(int(pointer), nbytes, not readonly, owner, on_gpu=True, stream=stream)
+    writable = not readonly and not _immutable(owner)
+    return of_pointer(int(pointer), nbytes, writable, owner, on_gpu=True, stream=stream)
 
 
 def _check(shape: Sequence[int], strides: Sequence[int] | None, step: int, nbytes: int, pointer: int) -> None:
@@ -229,13 +232,9 @@ def _of_dlpack(buffer: Any, on_gpu: bool) -> Memory:
 def _export(buffer: Any, on_gpu: bool) -> Any:
     """Asks for a capsule without making any stream wait: that is what ``stream=`` of get and put is for.
 
-    JAX has no streams to name, and takes any number for one; its arrays are awaited instead, once, since they
-    never change.
+    JAX takes any number for a stream's handle, so it is given none.
     """
-    jax = hasattr(buffer, "block_until_ready")
-    if jax:
-        buffer.block_until_ready()
-    wish = {"stream": -1} if on_gpu and not jax else {}
+    wish = {"stream": -1} if on_gpu and not _immutable(buffer) else {}
     try:
         try:
             return buffer.__dlpack__(**wish, max_version=(1, 0))
@@ -249,4 +248,5 @@ def _export(buffer: Any, on_gpu: bool) -> Any:
 
 
 def _immutable(buffer: Any) -> bool:
-    return hasattr(buffer, "block_until_ready")  # JAX: others rely on its arrays never changing
+    """Whether it is JAX's: others rely on such arrays never changing."""
+    return hasattr(buffer, "block_until_ready")

@@ -303,6 +303,15 @@ def test_jax_is_awaited_has_no_stream_to_name_and_is_never_written(pointer: int)
         def block_until_ready(self) -> None:
             self.ready += 1
 
+    class Ready(CudaArray):
+        ready = 0
+
+        def block_until_ready(self) -> None:
+            self.ready += 1
+
+    other = Ready(pointer, (4,))
+    assert not resolve(other).writable
+    assert other.ready == 1
     array = Array(pointer, (4,))
     memory = resolve(array)
     assert array.ready == 1
