@@ -12,68 +12,28 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from memkv.cli import gpu_kernels
+from memkv.cli.compare import contest
+from memkv.cli.gpu_kernels import Shape
+from memkv.cli.report import Steps
 from memkv.gpudirect import checksum, kernels, layouts, pages
 from memkv.gpudirect.pages import Layout
-from memkv.rdma.errors import LocalError
+from memkv.rdma.errors import LocalError, MemKVError
 from memkv.store.layout import CHUNK_BYTES as CHUNK
 from memkv.store.native._store import ffi, lib
 
-from .hosted import needs_compiler, run
+from . import hostcupy
+from .hostcupy import Array, made
+from .hosted import needs_compiler
 
 pytestmark = needs_compiler
 DICE = np.random.default_rng(8)
 
 
-class Array(np.ndarray):  # type: ignore[type-arg]
-    """What CuPy's arrays show of themselves."""
-
-    @property
-    def data(self) -> Any:  # type: ignore[override]
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-def made(data: Any, dtype: Any = None) -> Array:
-    """A copy at a multiple of 512 bytes, as CUDA allocates."""
-    given = np.asarray(data, dtype)
-    raw = np.zeros(given.nbytes + 1024, np.uint8)
-    at = -raw.ctypes.data % 512
-    out = raw[at : at + given.nbytes].view(given.dtype).reshape(given.shape).view(Array)
-    out[...] = given
-    return out
-
-
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The stand-in is in force; which kernels were launched, with how many blocks of threads."""
-    names: list[tuple[str, int]] = []
-
-    def function(name: str, kernel: str) -> Any:
-        def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
-            names.append((kernel, grid[0]))
-            threads = (np.uint32(block[0]),) if name == "pages" else ()
-            run(name, kernel.removeprefix("mkv_"), grid[0], *threads, *args)
-
-        return launch
-
-    cupy = SimpleNamespace(
-        ndarray=Array,
-        asarray=made,
-        ascontiguousarray=lambda a, dtype: made(a, dtype),
-        empty=lambda shape, dtype: made(np.full(shape, 0xEE, dtype)),
-        uint8=np.uint8,
-        uint32=np.uint32,
-        uint64=np.uint64,
-        int32=np.int32,
-        cuda=SimpleNamespace(
-            runtime=SimpleNamespace(getDevice=lambda: 0),
-            Stream=SimpleNamespace(),
-            ExternalStream=lambda handle: nullcontext(handle),
-        ),
-    )
-    monkeypatch.setattr(kernels, "cupy", lambda: cupy)
-    monkeypatch.setattr(kernels, "function", function)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 2)
-    return names
+    return hostcupy.install(monkeypatch)
 
 
 def by_cpu(data: npt.NDArray[np.uint8]) -> int:
@@ -198,3 +158,57 @@ def test_the_chapter_names_every_layout() -> None:
     made_of = {n for n in vars(layouts) if n.startswith(("vllm_", "sglang_")) and n != "sglang_pages"}
     assert named == made_of
     assert all(f"``{name}``" in (layouts.__doc__ or "") for name in made_of)
+
+
+# --- the benchmark of the kernels ---
+
+
+@pytest.fixture
+def rig(launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> gpu_kernels.KernelRig:
+    monkeypatch.setattr(gpu_kernels, "BLOCK", 64 << 10)
+    monkeypatch.setattr(gpu_kernels, "SHAPES", (Shape("vllm, small", 1024), Shape("mla, small", 144)))
+    return gpu_kernels.KernelRig(0, 128 << 10, 1e-6)
+
+
+def test_kernels_are_measured_beside_a_copy(rig: gpu_kernels.KernelRig) -> None:
+    fields = rig.field((32 << 10,), True)
+
+    rows = [row for size, field in fields for row in contest(field, size=size, rounds=2, steps=Steps())]
+
+    assert [row.what for row in rows] == [
+        "copy within the GPU",
+        "gather vllm, small",
+        "scatter vllm, small",
+        "gather mla, small",
+        "scatter mla, small",
+        "copy within the GPU",
+        "checksum",
+    ]
+    assert all(row.gbps and row.ratio and row.errors == 0 for row in rows)
+
+
+def test_blocks_that_come_out_wrong_are_errors(
+    rig: gpu_kernels.KernelRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paged, sums = gpu_kernels.Paged(rig, gpu_kernels.SHAPES[0]), gpu_kernels.Sums(rig, 32 << 10)
+    assert paged.gather_wrong() == paged.scatter_wrong() == sums.wrong() == 0
+
+    right = pages.gather
+
+    def one_off(layout: Layout, table: Any, blocks: Any, **more: Any) -> Any:
+        return right(layout, table[:, ::-1], blocks, **more)
+
+    monkeypatch.setattr(pages, "gather", one_off)
+    assert paged.gather_wrong() == len(paged.blocks)
+
+
+def test_a_cupy_that_does_not_fit_is_told(
+    launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(index: int) -> Any:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(kernels.cupy().cuda, "Device", broken)
+
+    with pytest.raises(MemKVError, match="CuPy cannot use cuda:3: cudaErrorInsufficientDriver"):
+        gpu_kernels.KernelRig(3, 1 << 20, 0.1)
