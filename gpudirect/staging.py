@@ -114,7 +114,7 @@ class Way:
         target = min(self.settings.slot_bytes, max(MIN_GROUP, -(-total // 4)))
         out, start, done = [], 0, 0
         while start < len(room):
-            stop = int(np.searchsorted(ends, done + target, "right"))
+            stop = int(np.searchsorted(ends, np.uint64(done + target), "right"))  # no int: it would cast ends
             stop = min(max(stop, start + 1), start + MOST_BLOCKS)
             out.append((start, stop))
             start, done = stop, int(ends[stop - 1])
