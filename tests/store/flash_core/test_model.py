@@ -331,7 +331,9 @@ class FlashMachine(RuleBasedStateMachine):
                 del self.model[key]
             else:
                 assert status in (HIT, TIMEOUT)
-                if status == HIT:
+                if status == HIT:  # an older image may have taken the place of a torn one
+                    assert key not in durable or lengths[key] == found.length
+                    self.model[key] = payload_of(key, found.length)
                     assert self.space.fetch(found, key) == self.model[key]
         self.notice_evictions()
 
