@@ -9,7 +9,6 @@ in the dma-buf itself, so addresses begin near zero. Either way work requests na
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from typing import Any
@@ -38,9 +37,14 @@ def register(pd: Any, dma_buf: tuple[int, int], length: int, address: int, flags
     if (address - offset) % PAGE:
         raise LocalError(f"a dma-buf cannot begin at {address - offset:#x}", f"whole pages of {PAGE} bytes")
     if pv().MREx is not None:
-        # Kernels that lack this call may have the older one.
-        with contextlib.suppress(pv().PyverbsRDMAError):
-            return pv().MREx(pd, length, flags, iova=address, fd=fd, fd_offset=offset), address
+        made = pv().MREx.__new__(pv().MREx)
+        try:
+            made.__init__(pd, length, flags, iova=address, fd=fd, fd_offset=offset)
+        except (pv().PyverbsError, TypeError):
+            made.close()  # up to 63 one that is left to the garbage collector ends the process
+        else:
+            return made, address
+        # A kernel that lacks this call may have the older one, which also tells why not.
     return pv().DmaBufMR(pd, length, flags, dmabuf=fd, offset=offset), offset
 
 

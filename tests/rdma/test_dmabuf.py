@@ -46,6 +46,7 @@ def verbs(**names: Any) -> Any:
         "MREx": None,
         "DmaBufMR": Region,
         "MR": Region,
+        "PyverbsError": Refused,
         "PyverbsRDMAError": Refused,
         "IBV_ACCESS_REMOTE_READ": READ_FLAG,
         "IBV_ACCESS_LOCAL_WRITE": WRITE_FLAG,
@@ -117,13 +118,19 @@ def test_newer_pyverbs_has_the_memory_s_own_addresses(domain: Any) -> None:
     assert region.handles[0].kwargs == {"iova": address, "fd": 9, "fd_offset": 512}
 
 
-def test_new_pyverbs_on_an_old_kernel_falls_back(domain: Any) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise Refused(errno.EOPNOTSUPP)
+@pytest.mark.parametrize("refusal", [Refused(errno.EOPNOTSUPP), TypeError("no keyword argument 'iova'")])
+def test_new_pyverbs_on_an_old_kernel_falls_back(domain: Any, refusal: Exception) -> None:
+    made: list[Any] = []
 
-    region = domain(MREx=refuse).register_device(BASE + 512, 4096, dma_buf=(9, 512))
+    class Refusing(Region):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            raise refusal
+
+    region = domain(MREx=Refusing).register_device(BASE + 512, 4096, dma_buf=(9, 512))
 
     assert region.desc.rails == ((512, 22), (512, 22))
+    assert [m.closed for m in made] == [True, True], "one that is only dropped ends the process"
 
 
 def test_peermem_registers_by_address(domain: Any) -> None:
