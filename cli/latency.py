@@ -2,9 +2,9 @@
 and what a get costs the processor (:mod:`memkv.cli.cpu`).
 
 "In C" is from the job's start to its end, as the job itself notes them: submitting, READs, checking. It is
-taken twice: back to back in a loop in C, as perftest and the bare loop take theirs, and *apart*, of calls from
-Python, between which the processor forgets some and the device falls asleep. "From Python" is the whole call
-of ``get_into``; what is above its time in C is what Python adds.
+taken twice: back to back in a loop in C, as perftest and the bare loop take theirs, and *apart*, of calls
+from Python, between which the processor forgets some and the device falls asleep. "From Python" is the whole
+call of ``get_into``; what is above its time in C is what Python adds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .sample import Keys
 _RUN_ONE = _rdma.ffi.addressof(_rdma.lib, "mkv_run_one")
 BATCHES = (1, 64, 1024)  # for what Python adds
 NOTES = (
-    "µs of one call, in C, back to back; ratio: p50 to the bare loop's in the same round, median over rounds.",
+    "µs of one call, in C, back to back; ratio: p50 to the bare loop's in the same round, median of rounds.",
     "apart p50: in C too, of calls from Python; python p50: the whole of such a call.",
     "python adds: whole call less its time in C, medians of each batch size.",
     "cpu: of the thread that gets, by getrusage; user time is ours, C and Python. Waiting is asleep here.",

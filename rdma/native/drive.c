@@ -4,8 +4,9 @@
  * tcp responder), so it spins only where there is more than one CPU, and only as long as that pays. How long
  * is learned: a wait of w that ended while spinning asks for twice w the next time, a spin in vain halves the
  * patience, and now and then one wait is given all of MAX_PATIENCE spins, as waits may have become shorter
- * than what a sleep makes of them. One thread of a process at a time is more patient than the least: two that
- * spin for one another's CPU gain nothing.
+ * than what a sleep makes of them. What was learned is kept with the channel.
+ * One thread of a process at a time is more patient than the least: two that spin for one another's CPU gain
+ * nothing.
  *
  * Before sleeping, every channel is armed and polled once more: a completion between the last poll and the
  * arming would otherwise go unseen.
@@ -44,21 +45,11 @@ uint64_t mkv_spin_ns(void) {
     return ns;
 }
 
-/* What a thread has learned about its waits; and the wait under way, if `since`. */
-struct waits {
-    uint64_t least, most, budget;
-    uint64_t since, until;
-    uint32_t vain;
-    int patient;
-};
-
-static _Thread_local struct waits waits;
-
-static void learn_afresh(struct waits *w, uint64_t least) {
-    *w = (struct waits){.least = least, .most = least * MAX_PATIENCE, .budget = least * MAX_PATIENCE};
+static void learn_afresh(struct mkv_waits *w, uint64_t least) {
+    *w = (struct mkv_waits){.least = least, .most = least * MAX_PATIENCE, .budget = least * MAX_PATIENCE};
 }
 
-static void end_patience(struct waits *w) {
+static void end_patience(struct mkv_waits *w) {
     if (w->patient)
         __atomic_store_n(&patient, 0, __ATOMIC_RELEASE);
     w->patient = 0;
@@ -66,7 +57,7 @@ static void end_patience(struct waits *w) {
 }
 
 /* Something came: the wait, if there was one, was worth its spinning. */
-static void came(struct waits *w) {
+static void came(struct mkv_waits *w) {
     if (!w->since)
         return;
     uint64_t due = 2 * (mkv_now_ns() - w->since);
@@ -77,7 +68,7 @@ static void came(struct waits *w) {
 }
 
 /* Nothing came; 1: spin on. */
-static int go_on_spinning(struct waits *w) {
+static int go_on_spinning(struct mkv_waits *w) {
     uint64_t now = mkv_now_ns();
     if (!w->since) {
         uint64_t budget = w->vain && w->vain % EXPLORE == 0 ? w->most : w->budget;
@@ -158,7 +149,7 @@ static int arm_all(struct mkv_job *const *jobs, uint32_t n) {
 }
 
 void mkv_run(struct mkv_job **jobs, uint32_t n) {
-    struct waits *w = &waits;
+    struct mkv_waits *w = &jobs[0]->ch->waits;
     if (w->least != mkv_spin_ns())
         learn_afresh(w, mkv_spin_ns());
     for (;;) {
@@ -254,7 +245,7 @@ static void put_out(struct mkv_loop *loop) {
 
 static void *loop_main(void *arg) {
     struct mkv_loop *loop = arg;
-    struct waits *w = &waits;
+    struct mkv_waits own, *w = &own;
     learn_afresh(w, mkv_spin_ns());
     while (take_inbox(loop)) {
         int progress = 0;

@@ -96,6 +96,14 @@ struct mkv_channel_ops {
     void (*abort)(struct mkv_channel *ch);
 };
 
+/* What a driver has learned of its waits, and the one under way; see drive.c. */
+struct mkv_waits {
+    uint64_t least, most, budget; /* ns of spinning */
+    uint64_t since, until;        /* of the wait; since: 0 if there is none */
+    uint32_t vain;                /* waits that ended asleep */
+    uint32_t patient;             /* this one spins for more than the least */
+};
+
 struct mkv_channel { /* what every fabric's channel starts with */
     const struct mkv_channel_ops *ops;
     const struct mkv_table *local;
@@ -105,11 +113,12 @@ struct mkv_channel { /* what every fabric's channel starts with */
     int32_t fd;      /* becomes readable as armed; for poll(2) or an event loop, never read from outside */
     int32_t broken;  /* 0, or the negative errno that broke it */
     uint64_t window; /* bytes that may be on the wire at once (at least one READ always may) */
-    uint64_t wire_bytes; /* bytes on the wire now */
-    uint64_t read_bytes; /* bytes READ so far */
-    uint64_t reads;      /* READs completed so far */
-    uint64_t doorbells;  /* posts to the device, or send calls */
-    uint64_t sleeps;     /* waits on fd */
+    uint64_t wire_bytes;    /* bytes on the wire now */
+    uint64_t read_bytes;    /* bytes READ so far */
+    uint64_t reads;         /* READs completed so far */
+    uint64_t doorbells;     /* posts to the device, or send calls */
+    uint64_t sleeps;        /* waits on fd */
+    struct mkv_waits waits; /* of the thread that has it; of the first channel, if it has several */
 };
 
 #endif
