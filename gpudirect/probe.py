@@ -127,8 +127,8 @@ def _best(channel: Any, reads: npt.NDArray[np.void]) -> float:
 
 
 def ask(fabric: Fabric | None, device: int, host: str = "127.0.0.1", nbytes: int = NBYTES) -> Answers:
-    """Everything about one GPU and a fabric. Allocates ``nbytes`` on it for as long as it takes; what is
-    absent is an answer, never an error.
+    """Everything about one GPU and a fabric. Where a direct way may be had, ``nbytes`` are allocated on it
+    for a few seconds, to try it; what is absent is an answer, never an error.
     """
     answers = Answers(
         fabric=fabric.name if fabric else "",
@@ -150,7 +150,12 @@ def ask(fabric: Fabric | None, device: int, host: str = "127.0.0.1", nbytes: int
         ordering=facts.ordering,
         flush_options=facts.flush_options,
     )
-    if fabric is None or fabric.name != "verbs":
+    ways: list[Way] = []
+    if facts.dma_buf and all(n.dma_buf for n in answers.nics):
+        ways.append("dma-buf")
+    if facts.gpu_direct and answers.peermem == "loaded":
+        ways.append("peermem")
+    if fabric is None or fabric.name != "verbs" or not ways:
         return answers
     try:
         with cuda.on(device):
@@ -159,18 +164,12 @@ def ask(fabric: Fabric | None, device: int, host: str = "127.0.0.1", nbytes: int
         return replace(answers, memory=f"no memory to try it with: {exc}")
     try:
         memory = arrays.of_pointer(pointer, nbytes, True, None, on_gpu=True)
-        here = host_side(nbytes)
-        answers = replace(
-            answers, memory=memory.reason, host=timed_read(fabric, here, host_side(nbytes), host)
-        )
         if memory.reason:
-            return answers
-        by_dma_buf, by_address = Tried(), Tried()
-        if facts.dma_buf and all(n.dma_buf for n in answers.nics):
-            by_dma_buf = _try(fabric, cuda, memory, "dma-buf", host)
-        if facts.gpu_direct and answers.peermem == "loaded":
-            by_address = _try(fabric, cuda, memory, "peermem", host)
-        return replace(answers, dma_buf=by_dma_buf, by_peermem=by_address)
+            return replace(answers, memory=memory.reason)
+        answers = replace(answers, host=timed_read(fabric, host_side(nbytes), host_side(nbytes), host))
+        tried = {way: _try(fabric, cuda, memory, way, host) for way in ways}
+        by_dma_buf, by_peermem = tried.get("dma-buf", Tried()), tried.get("peermem", Tried())
+        return replace(answers, dma_buf=by_dma_buf, by_peermem=by_peermem)
     except (MemKVError, OSError) as exc:
         return replace(answers, memory=f"asking failed: {exc}")
     finally:

@@ -545,7 +545,6 @@ def test_gpu_beside_soft_roce_is_staged_and_told_why(device: str, standin: Stand
 
     first = report["gpus"]["gpus"][0]
     assert first["answers"]["fabric"] == "verbs"
-    assert first["answers"]["host"]["ok"], first["answers"]["host"]["text"]
     for direction in ("get", "put"):
         assert first["decision"][direction]["name"] == "staged"
         assert f"{device} (" in first["decision"][direction]["reason"]
