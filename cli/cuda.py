@@ -41,9 +41,8 @@ class Cuda:
 def probe(fabric: Fabric | None = None, at: str = "127.0.0.1") -> Cuda:
     """Loads the driver's library and looks at its devices; never raises.
 
-    :param fabric: over which READs into and out of every GPU are tried, which takes a context and 16 MiB on
-        it
-        for a second or two; None: nothing but asking.
+    :param fabric: over which READs into and out of every GPU are tried where a direct way may be had: that
+        takes a context and 16 MiB on it for a few seconds. None: nothing but asking.
     :param at: where the fabric's data connections are taken.
     """
     try:

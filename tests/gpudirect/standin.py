@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -23,6 +24,7 @@ def build(old: bool = False) -> str:
     if gcc is None:
         pytest.skip("no gcc to make a stand-in for libcuda")
     folder = Path(tempfile.mkdtemp(prefix="memkv-standin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     out = folder / ("libold.so" if old else "libstandin.so")
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([gcc, *flags, *(["-DOLD"] if old else []), "-o", out, SOURCE], check=True)
