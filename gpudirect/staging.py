@@ -109,9 +109,15 @@ class Way:
 
     def groups(self, room: Addresses) -> list[tuple[int, int]]:
         """Cuts blocks of these sizes into groups: [start, stop)."""
+        total = int(_padded(room).sum())
+        return self._cut(room, min(self.settings.slot_bytes, max(MIN_GROUP, -(-total // 4))))
+
+    def portions(self, room: Addresses) -> list[tuple[int, int]]:
+        """The same, into what half of all slots hold."""
+        return self._cut(room, self.settings.nbytes // 2)
+
+    def _cut(self, room: Addresses, target: int) -> list[tuple[int, int]]:
         ends = np.cumsum(_padded(room))
-        total = int(ends[-1]) if len(ends) else 0
-        target = min(self.settings.slot_bytes, max(MIN_GROUP, -(-total // 4)))
         out, start, done = [], 0, 0
         while start < len(room):
             stop = int(np.searchsorted(ends, np.uint64(done + target), "right"))  # no int: it would cast ends

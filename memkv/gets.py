@@ -161,6 +161,34 @@ class Gets:
         self._note_hits(batch)
         return batch
 
+    async def read_async(self, batch: Batch, seconds: float) -> None:
+        """The one-sided part of :meth:`run_async`: keys in flash only are left COLD."""
+        await self._read_async(batch, self._parts(batch), time.monotonic() + seconds)
+        self._note_hits(batch)
+
+    async def bring_async(self, batch: Batch, seconds: float) -> None:
+        """Has the nodes bring a batch's keys into memory, where they stay for a moment, without READing them:
+        PENDING where they are there, else the status says why not.
+        """
+        until = time.monotonic() + seconds
+        cold: Parts = []
+        for session, index in self._parts(batch):
+            batch.set(index, Status.COLD if session else Status.ERROR_UNREACHABLE)
+            if session is not None:
+                cold.append(
+                    (session, np.arange(len(batch.keys), dtype=np.uint32) if index is None else index)
+                )
+        answers: asyncio.Queue[Answer] = asyncio.Queue()
+        open_requests = _request(batch, cold, until, answers.put_nowait)
+        while open_requests:
+            try:
+                answer = await asyncio.wait_for(answers.get(), _left(until) + SLACK)
+            except TimeoutError:
+                break
+            open_requests -= answer.last
+            learn(batch, answer)
+        batch.replace(Status.COLD, Status.TIMEOUT)
+
     async def _read_async(self, batch: Batch, parts: Wanted, until: float) -> Parts:
         cold: Parts = []
         for attempt in range(ATTEMPTS):

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,10 +22,11 @@ from .batches import Batch, Keys, check_slices
 from .buffers import SLICE, Buffer, Slices
 from .control import Control
 from .gets import Gets
+from .gpu_gets import get_staged
 from .gpudirect import staging
 from .gpudirect.copier import Device, Mark, open_device
 from .gpudirect.staging import Addresses, Places
-from .parts import Part, Whole, parts, slices_of, was_freed
+from .parts import Part, Stage, Whole, parts, slices_of, was_freed
 from .rdma.errors import DeviceError, LocalError
 from .rdma.fabric import Region
 from .requests import Requests, check_put
@@ -42,14 +42,6 @@ Statuses = npt.NDArray[np.uint8]
 Found = tuple[Statuses, npt.NDArray[np.uint32]]  # statuses and lengths, by key
 
 SHORTEST_NAP, LONGEST_NAP = 20e-6, 1e-3  # seconds between looks at an application's stream
-
-
-@dataclass(slots=True)
-class Stage:
-    """One direction of one device: the way through its slots, and the ring as a region of the fabric's."""
-
-    way: staging.Way
-    region: Region
 
 
 class Gpu:
@@ -219,15 +211,7 @@ class Gpu:
                 status[index], lengths[index] = batch.status, batch.lengths
 
             async def staged(stage: Stage, part: Part) -> None:
-                async def fetch(some: slice, offset: Addresses, seconds: float) -> Addresses:
-                    index = part.index[some]
-                    slots = slices_of(offset, stage.region.id, part.room[some])
-                    got = Batch(keys[index], slots, checksum, False)
-                    await self._gets.run_async(got, seconds)
-                    status[index], lengths[index] = got.status, got.lengths
-                    return np.where(got.status == Status.HIT, got.lengths, 0).astype(np.uint64)
-
-                await staging.get(stage.way, part, fetch, until)
+                await get_staged(self._gets, stage, part, lengths, checksum, until)
 
             await self._each(Whole(keys, slices, status, True), mark, until, plain, direct, staged)
             return status, lengths

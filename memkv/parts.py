@@ -12,7 +12,8 @@ import numpy.typing as npt
 from .batches import Keys
 from .buffers import SLICE, Buffer, Slices
 from .gpudirect.copier import Device
-from .gpudirect.staging import Addresses, Places
+from .gpudirect.staging import Addresses, Places, Way
+from .rdma.fabric import Region
 from .status import Status
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ class Whole:
 
 
 @dataclass(slots=True)
+class Stage:
+    """One direction of one device: the way through its slots, and the ring as a region of the fabric's."""
+
+    way: Way
+    region: Region
+
+
+@dataclass(slots=True)
 class Part:
     """:class:`~memkv.gpudirect.staging.Blocks` of a batch. Statuses go to where those of the batch are."""
 
@@ -41,6 +50,12 @@ class Part:
     address: Addresses
     room: Addresses
     device: Device
+
+    def only(self, index: Places) -> Part:
+        """Some of them."""
+        return Part(
+            self.whole, self.index[index], self.node, self.address[index], self.room[index], self.device
+        )
 
     def late(self, index: Places) -> None:
         self.whole.status[self.index[index]] = Status.TIMEOUT
