@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from memkv.rdma import devices
@@ -12,6 +14,12 @@ from memkv.rdma._pv import missing
 from memkv.rdma.fabric import Fabric
 
 from .emulated import REASON, left_out
+
+# The same examples every time, so that a change is judged by what it changed; new ones in the long mode. How
+# long one takes says nothing on a busy machine.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", deadline=None)
+hypothesis.settings.load_profile("long" if os.environ.get("MEMKV_TEST_LONG") else "default")
 
 NO_DEVICE = "no RDMA device here: run the tests under script/softroce"
 
