@@ -30,7 +30,7 @@
 #define LINK_MAX_WR    32           /* work requests per ibv_post_send */
 #define SIGNAL_WRS     16           /* ask for a completion at least this often, … */
 #define SIGNAL_BYTES   (256u << 10) /* … or after this many bytes, … */
-#define SIGNAL_SHARE   8            /* … or such a part of the window: each one may wake somebody */
+#define SIGNAL_SHARE   4            /* … or such a part of the window: each one may wake somebody */
 #define DEFAULT_WINDOW (64ull << 20)
 
 struct entry {
