@@ -15,7 +15,6 @@ until every session of the namespace has acknowledged it or is gone.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -30,15 +29,13 @@ from .flash.store import FlashStore
 from .flash.tenant import Tenant
 from .native._store import ffi, lib
 from .notices import Listener, Notices
+from .populate import populate
 from .refusals import Refuse
 
 log = logging.getLogger("memkv.node")
 
 TABLE_IDS = 1 << 20  # region ids of index tables begin here
 RETRY_SECONDS = 2.0  # after a chore that could not be done
-
-_MADV_POPULATE_WRITE = 23
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +75,9 @@ class Family(Protocol):
 
     def may_take(self, ns: Namespace) -> bool:
         """Whether a free slab of the arena is for this namespace."""
+
+    def took(self) -> None:
+        """A namespace has taken slabs."""
 
     def wake(self) -> None:
         """A slab has come free."""
@@ -174,10 +174,11 @@ class Namespace:
                 raise
             self.slabs[slab.serve.id] = slab
             taken.append(slab)
+        self._family.took()
         return taken
 
     def _register_slab(self, id: int, address: int, length: int) -> Slab:
-        _populate(address, length)
+        populate(address, length)  # done already, mostly
         serve = self.serve.register(address, length, remote_read=True, region_id=id)
         try:
             return Slab(serve, self.pull.register(address, length, region_id=id))
@@ -334,13 +335,6 @@ class Namespace:
         if self.ns != ffi.NULL:
             lib.mkv_ns_free(self.ns)
             self.ns = ffi.NULL
-
-
-def _populate(address: int, length: int) -> None:
-    """Has the kernel bring in all pages now, here in the pool, rather than one by one under the thread that
-    pulls. A kernel before 5.14 cannot, which does no harm.
-    """
-    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
 
 def _why_not(settings: Settings, code: int) -> Refuse:

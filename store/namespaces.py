@@ -16,6 +16,7 @@ from .flash.store import FlashStore
 from .namespace import Identity, Namespace, Settings
 from .native._store import lib
 from .notices import Notices
+from .populate import Ahead
 from .refusals import Refuse
 
 log = logging.getLogger("memkv.node")
@@ -33,6 +34,7 @@ class Namespaces:
         limit: int,
         pool: ThreadPoolExecutor,
         ack_timeout: float,
+        ahead: Ahead,
         store: FlashStore | None = None,
     ) -> None:
         self.by_name: dict[str, Namespace] = {}
@@ -42,6 +44,7 @@ class Namespaces:
         self._store = store
         self._starving: set[Namespace] = set()  # without any slab
         self._arena = arena
+        self._ahead = ahead
         self._default = default
         self._limit = limit
         self._pool = pool
@@ -121,6 +124,10 @@ class Namespaces:
         """Whether a free slab is for this namespace: those without any come first."""
         self._starving = {other for other in self._starving if not other.slabs}
         return int(lib.mkv_arena_free_slabs(self._arena)) > len(self._starving - {ns})
+
+    def took(self) -> None:
+        """A namespace has taken slabs."""
+        self._ahead.wake()
 
     def wake(self) -> None:
         """Lets every namespace look for chores."""

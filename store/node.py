@@ -46,6 +46,7 @@ from .metrics import Counters, HttpEndpoint
 from .namespace import Settings
 from .namespaces import Namespaces
 from .native._store import ffi, lib
+from .populate import Ahead
 from .protocol import NodeProtocol
 from .puts import PutEngine
 from .session import CHUNK, Session, Shared
@@ -172,6 +173,8 @@ class Node:
         if self._arena == ffi.NULL:
             raise DeviceError("the arena cannot be set up", ffi.errno, "memory, slab_bytes")
         stack.callback(self._free_arena)
+        ahead = Ahead(self._arena, config.slab)
+        stack.callback(ahead.close)
         store = await events.run_in_executor(pool, self._open_flash) if config.flash else None
         if store:
             stack.push_async_callback(in_pool, store.close)  # it waits for devices
@@ -187,6 +190,7 @@ class Node:
             config.max_namespaces,
             pool,
             config.ack_timeout_ms / 1000,
+            ahead,
             store,
         )
         stack.push_async_callback(self.namespaces.close)

@@ -108,6 +108,15 @@ uint64_t mkv_arena_free_slabs(const struct mkv_arena *a) {
     return __atomic_load_n(&a->nfree, __ATOMIC_RELAXED);
 }
 
+int mkv_arena_next(struct mkv_arena *a, uint64_t i, uint64_t *address) {
+    pthread_mutex_lock(&a->lock);
+    int rc = i < a->nfree ? 0 : -ENOENT;
+    if (!rc)
+        *address = (uint64_t)(uintptr_t)(a->base + a->free_place[a->nfree - 1 - i] * a->slab_bytes);
+    pthread_mutex_unlock(&a->lock);
+    return rc;
+}
+
 void mkv_arena_signal(struct mkv_arena *a) {
     uint64_t one = 1;
     ssize_t n = write(a->event, &one, sizeof one);

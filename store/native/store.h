@@ -33,6 +33,8 @@ void mkv_arena_free(struct mkv_arena *a); /* after all its namespaces; joins the
 /* An eventfd that becomes readable when Python has housekeeping to do (mkv_ns_chores says what). */
 int mkv_arena_eventfd(const struct mkv_arena *a);
 uint64_t mkv_arena_free_slabs(const struct mkv_arena *a);
+/* Where the slab lies that would be taken after i others. 0, or -ENOENT: there are not so many. */
+int mkv_arena_next(struct mkv_arena *a, uint64_t i, uint64_t *address);
 
 /* --- namespace.c: one tenant's blocks --- */
 
