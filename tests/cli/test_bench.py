@@ -330,7 +330,12 @@ def test_an_error_is_one_line(args: list[str], code: int, says: str) -> None:
 
 def test_an_interrupted_benchmark_leaves_no_process_behind() -> None:
     args = ["replay", "--fabric", "tcp", "--requests", "100000", "--block-bytes", "4k", "--memory", "64m"]
-    process = subprocess.Popen([sys.executable, "-m", "memkv.cli.bench", *args], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memkv.cli.bench", *args],
+        stderr=subprocess.PIPE,
+        # a shell's background jobs ignore SIGINT, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     until = time.monotonic() + 30
     while len(children := _children(process.pid)) < 3 and time.monotonic() < until:
         time.sleep(0.1)
