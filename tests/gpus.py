@@ -84,7 +84,7 @@ class GpuBlocks:
 
 def produce(stream: Any, into: npt.NDArray[np.uint8], data: npt.NDArray[np.uint8]) -> None:
     """An application's work on its stream: writes ``data`` into "GPU" memory."""
-    stream.kept = [*getattr(stream, "kept", ()), into, data]  # as long as the stream, which may get there late
+    stream.kept = [*getattr(stream, "kept", ()), into, data]  # the stream may get there late
     driver = ffi.new("struct mkv_copy_driver *")
     lib.mkv_copy_host(driver)
     assert driver.copy(into.ctypes.data, data.ctypes.data, data.nbytes, ffi.cast("void *", stream.ptr)) == 0
