@@ -10,7 +10,8 @@ import numpy as np
 
 from ..rdma import jobs
 from ..rdma.errors import MemKVError
-from ..rdma.fabric import Domain, Fabric, RemoteTable
+from ..rdma.fabric import Domain, Fabric
+from ..rdma.loopback import to_self
 
 NBYTES = 1 << 20
 ROUNDS = 8
@@ -45,14 +46,7 @@ def _read(domain: Domain, host: str, nbytes: int, stack: contextlib.ExitStack) -
     sink = np.zeros(nbytes, np.uint8)
     offered = domain.register(source.ctypes.data, nbytes, remote_read=True, owner=source)
     landing = domain.register(sink.ctypes.data, nbytes, owner=sink)
-    remote = RemoteTable()
-    remote.add(offered.desc)
-    server = domain.endpoint("serve")
-    stack.callback(server.close)
-    reader = domain.endpoint("read", remote, dial=True)
-    stack.callback(reader.close)
-    reader.connect(server.offer, host, SECONDS)
-    server.connect(reader.offer, "", SECONDS)
+    channel = to_self(domain, domain, offered, host, SECONDS, stack)
     read = np.zeros(1, jobs.READ)
     read[0]["region"], read[0]["nseg"] = offered.desc.id, 1
     read[0]["seg"][0] = (0, landing.id, nbytes)
@@ -60,7 +54,7 @@ def _read(domain: Domain, host: str, nbytes: int, stack: contextlib.ExitStack) -
     for _ in range(ROUNDS):
         sink.fill(0)
         start = time.perf_counter()
-        outcome = jobs.read_batch(reader.channel, read, SECONDS)[0]
+        outcome = jobs.read_batch(channel, read, SECONDS)[0]
         took.append(time.perf_counter() - start)
         if outcome["status"]:
             code, vendor = -int(outcome["status"]), int(outcome["vendor"])

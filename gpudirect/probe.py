@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from ..rdma import dmabuf, jobs
 from ..rdma.errors import MemKVError, NotRegistered
-from ..rdma.fabric import Domain, Fabric, Region, RemoteTable
+from ..rdma.fabric import Domain, Fabric, Region
+from ..rdma.loopback import to_self
 from . import arrays, driver
 from .buffers import Memory
 from .ladder import Answers, Nic, Read, Step, Tried
@@ -92,20 +93,13 @@ def _connect(
     offered, into = source.register(serve, True), sink.register(read, False)
     stack.callback(into.close)
     stack.callback(offered.close)
-    remote = RemoteTable()
-    remote.add(offered.desc)
-    here = serve.endpoint("serve")
-    stack.callback(here.close)
-    there = read.endpoint("read", remote, dial=True)
-    stack.callback(there.close)
-    there.connect(here.offer, host, TIMEOUT)
-    here.connect(there.offer, "", TIMEOUT)
+    channel = to_self(serve, read, offered, host, TIMEOUT, stack)
     starts = np.arange(0, source.nbytes, PIECE, dtype=np.uint64)
     reads = np.zeros(len(starts), jobs.READ)
     reads["offset"], reads["region"], reads["nseg"] = starts, offered.id, 1
     reads["seg"]["offset"][:, 0], reads["seg"]["region"][:, 0] = starts, into.id
     reads["seg"]["length"][:, 0] = np.minimum(np.uint64(PIECE), np.uint64(source.nbytes) - starts)
-    return there.channel, reads
+    return channel, reads
 
 
 def _best(channel: Any, reads: npt.NDArray[np.void]) -> float:
