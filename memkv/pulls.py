@@ -19,6 +19,7 @@ from .rdma.fabric import Endpoint
 log = logging.getLogger("memkv.peer")
 
 LIMIT = 2
+RETRY_SECONDS = 5.0  # after a second one could not be had
 
 
 class Pulls:
@@ -32,6 +33,7 @@ class Pulls:
         self._open_one = open_one
         self._limit = limit
         self._puts = 0
+        self._not_before = 0.0  # by the loop's clock: the next attempt at one more
         self._opening: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -51,7 +53,8 @@ class Pulls:
         :raises MemKVError: why it cannot be made.
         """
         if self.endpoints:
-            if self._opening is None and len(self.endpoints) < min(self._limit, self._puts):
+            wanted = self._opening is None and len(self.endpoints) < min(self._limit, self._puts)
+            if wanted and asyncio.get_running_loop().time() >= self._not_before:
                 self._open()
             return
         opening = self._opening or self._open()
@@ -70,7 +73,7 @@ class Pulls:
             except MemKVError as exc:
                 if not self.endpoints:
                     raise
-                self._limit = len(self.endpoints)  # so many work, and the node wants no more
+                self._not_before = asyncio.get_running_loop().time() + RETRY_SECONDS
                 log.debug("one more channel for puts: %s", exc)
                 return
             if self._closed:
