@@ -34,11 +34,11 @@ from .placement import Placement
 from .rdma.errors import LocalError, MemKVError
 from .rdma.fabric import Fabric
 from .registering import Registry
-from .requests import Requests
+from .requests import Make, Requests
 from .session import Session, Settings
 from .staging import MESSAGE_KEYS
 from .store import messages as m
-from .tickets import Ticket
+from .tickets import Then, Ticket
 from .touches import Touches
 from .wire import to_region
 
@@ -50,6 +50,18 @@ GALLOP = (16, 64, 256)  # keys looked up one-sidedly before match asks the nodes
 DEFAULT_PORT = 7420
 LONGEST = 3600.0  # seconds that a call may be given
 LONGEST_PIN_MS = 2**32 - 1
+
+# What a node is asked for each batch of keys: (session, keys, deadline in ms) → (request id → message).
+_LOOKUP: Make = lambda s, k, t: lambda r: m.Lookup(r, s.info.namespace, k)  # noqa: E731
+_UNPIN: Make = lambda s, k, t: lambda r: m.Unpin(r, s.info.namespace, k)  # noqa: E731
+_DELETE: Make = lambda s, k, t: lambda r: m.Delete(r, s.info.namespace, k, t)  # noqa: E731
+
+
+def _pin(ttl: float) -> Make:
+    ms = round(ttl * 1000)
+    if not 1 <= ms <= LONGEST_PIN_MS:
+        raise LocalError(f"a pin of {ttl:g} seconds", "ttl: 0.001 s to 49 days")
+    return lambda s, k, t: lambda r: m.Pin(r, s.info.namespace, k, ms)
 
 
 def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None) -> bytes:
@@ -260,7 +272,7 @@ class Peer:
         return self._gets.run(Batch(keys, None, False, True), self._seconds(timeout)).status
 
     def _ask_lookup(self, keys: Keys, timeout: float | None) -> Statuses:
-        return self._rpc(keys, timeout, lambda s, k, t: lambda r: m.Lookup(r, s.info.namespace, k))
+        return self._rpc(keys, timeout, _LOOKUP)
 
     # --- getting ---
 
@@ -349,26 +361,25 @@ class Peer:
 
         :raises LocalError: ``ttl`` is not between 1 ms and 49 days.
         """
-        ms = round(ttl * 1000)
-        if not 1 <= ms <= LONGEST_PIN_MS:
-            raise LocalError(f"a pin of {ttl:g} seconds", "ttl: 0.001 s to 49 days")
-        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Pin(r, s.info.namespace, k, ms))
+        return self._rpc(as_keys(keys), timeout, _pin(ttl))
 
     def unpin(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         """Takes one pin back: DONE or MISS."""
-        return self._rpc(as_keys(keys), timeout, lambda s, k, t: lambda r: m.Unpin(r, s.info.namespace, k))
+        return self._rpc(as_keys(keys), timeout, _UNPIN)
 
     def delete(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         """Removes blocks: DONE or MISS. What was acknowledged as deleted is never served again."""
-        return self._rpc(
-            as_keys(keys), timeout, lambda s, k, t: lambda r: m.Delete(r, s.info.namespace, k, t)
-        )
+        return self._rpc(as_keys(keys), timeout, _DELETE)
 
-    def _rpc(self, keys: Keys, timeout: float | None, make: Any) -> Statuses:
+    def _rpc(self, keys: Keys, timeout: float | None, make: Make) -> Statuses:
         t = self._seconds(timeout)
         return self._control.call(self._requests.ask(keys, t, make), t + 5)
 
     # --- callers with a loop of their own ---
+    #
+    # Each submit returns at once. What was submitted is done with when its ticket is: then ``then`` is called
+    # with it, on the control thread, where it must not block nor call the peer; without ``then`` the ticket
+    # is kept for :meth:`reap`.
 
     def fileno(self) -> int:
         """An eventfd that becomes readable when a submitted batch is done; then call :meth:`reap`."""
@@ -382,13 +393,11 @@ class Peer:
         timeout: float | None = None,
         stream: Any = None,
         tag: object = None,
+        then: Then | None = None,
     ) -> Ticket:
-        """Starts a get and returns at once. See :meth:`get_into`; slices are the batch's until its ticket is
-        done.
-        """
-        return self._submit(
-            self._get_async(as_keys(keys), slices, self._seconds(timeout), self.checksum, stream), tag
-        )
+        """Starts a get. See :meth:`get_into`; slices are the batch's until its ticket is done."""
+        work = self._get_async(as_keys(keys), slices, self._seconds(timeout), self.checksum, stream)
+        return self._submit(work, tag, then)
 
     def _get_async(
         self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any
@@ -401,12 +410,10 @@ class Peer:
                 return (await start())[0]
 
             return gpu_work()
-        batch = Batch(keys, slices, checksum, False)
+        return self._run_async(Batch(keys, slices, checksum, False), seconds)
 
-        async def work() -> Statuses:
-            return (await self._gets.run_async(batch, seconds)).status
-
-        return work()
+    async def _run_async(self, batch: Batch, seconds: float) -> Statuses:
+        return (await self._gets.run_async(batch, seconds)).status
 
     def _put_async(
         self,
@@ -422,10 +429,6 @@ class Peer:
             return self._gpu.put(keys, slices, seconds, durability, checksums, stream)()
         return self._requests.put(keys, slices, seconds, durability, checksums)
 
-    def submit_stage(self, keys: Any, *, timeout: float | None = None, tag: object = None) -> Ticket:
-        """Announces blocks and returns at once. See :meth:`stage`."""
-        return self._submit(self._requests.stage(as_keys(keys), self._seconds(timeout)), tag)
-
     def submit_put(
         self,
         keys: Any,
@@ -435,12 +438,53 @@ class Peer:
         durability: str = "memory",
         stream: Any = None,
         tag: object = None,
+        then: Then | None = None,
     ) -> Ticket:
-        """Starts a put and returns at once. See :meth:`put_from`."""
+        """Starts a put. See :meth:`put_from`."""
         t = self._seconds(timeout)
-        return self._submit(self._put_async(as_keys(keys), slices, t, durability, None, stream), tag)
+        return self._submit(self._put_async(as_keys(keys), slices, t, durability, None, stream), tag, then)
 
-    def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object) -> Ticket:
+    def submit_stage(
+        self, keys: Any, *, timeout: float | None = None, tag: object = None, then: Then | None = None
+    ) -> Ticket:
+        """Announces blocks. See :meth:`stage`."""
+        return self._submit(self._requests.stage(as_keys(keys), self._seconds(timeout)), tag, then)
+
+    def submit_exists(
+        self, keys: Any, *, timeout: float | None = None, tag: object = None, then: Then | None = None
+    ) -> Ticket:
+        """Starts a lookup. See :meth:`exists`."""
+        keys, t = as_keys(keys), self._seconds(timeout)
+        if len(keys) <= GALLOP[-1]:
+            return self._submit(self._run_async(Batch(keys, None, False, True), t), tag, then)
+        return self._submit(self._requests.ask(keys, t, _LOOKUP), tag, then)
+
+    def submit_pin(
+        self,
+        keys: Any,
+        ttl: float,
+        *,
+        timeout: float | None = None,
+        tag: object = None,
+        then: Then | None = None,
+    ) -> Ticket:
+        """Starts to pin: a lookup and a hold in one message. See :meth:`pin`."""
+        work = self._requests.ask(as_keys(keys), self._seconds(timeout), _pin(ttl))
+        return self._submit(work, tag, then)
+
+    def submit_unpin(
+        self, keys: Any, *, timeout: float | None = None, tag: object = None, then: Then | None = None
+    ) -> Ticket:
+        """Starts to take pins back. See :meth:`unpin`."""
+        return self._submit(self._requests.ask(as_keys(keys), self._seconds(timeout), _UNPIN), tag, then)
+
+    def submit_delete(
+        self, keys: Any, *, timeout: float | None = None, tag: object = None, then: Then | None = None
+    ) -> Ticket:
+        """Starts to remove blocks. See :meth:`delete`."""
+        return self._submit(self._requests.ask(as_keys(keys), self._seconds(timeout), _DELETE), tag, then)
+
+    def _submit(self, work: Coroutine[Any, Any, Statuses], tag: object, then: Then | None) -> Ticket:
         ticket = Ticket(tag)
 
         async def follow() -> None:
@@ -452,8 +496,14 @@ class Peer:
                 log.exception("a submitted batch")
                 ticket.error = MemKVError(f"{exc!r}")
             ticket.done = True
-            self._tickets.append(ticket)
-            os.eventfd_write(self._event, 1)
+            if then is None:
+                self._tickets.append(ticket)
+                os.eventfd_write(self._event, 1)
+                return
+            try:
+                then(ticket)
+            except Exception:
+                log.exception("what was to be called after a submitted batch")
 
         try:
             self._control.start(follow())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,3 +19,6 @@ class Ticket:
     done: bool = False
     status: npt.NDArray[np.uint8] | None = None
     error: MemKVError | None = None
+
+
+Then = Callable[[Ticket], None]  # called when a batch is done, on the peer's control thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import select
 import threading
 import time
@@ -274,3 +275,42 @@ def test_closing_ends_what_is_awaited(node: NodeThread, connect: Connect) -> Non
         session.pool.give_back(channel)
         closer.join(5)
     assert outcomes == [{Status.ERROR_UNREACHABLE: 4}]
+
+
+# --- what is done with a batch when it is over ---
+
+
+def test_every_call_can_be_submitted(node: NodeThread, connect: Connect) -> None:
+    peer = connect(node)
+    blocks, keys = Blocks(peer, 300), keys_of(300)
+    blocks.memory[:] = blocks_of(keys)
+    done: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+    few, slices = keys[:8], blocks.slices[:8]
+
+    def outcome(ticket: Ticket) -> dict[Status, int]:
+        assert done.get(timeout=20) is ticket
+        assert ticket.done
+        assert ticket.status is not None
+        return count(ticket.status)
+
+    then = done.put
+    assert outcome(peer.submit_pin(few, 10, then=then)) == {MISS: 8}
+    assert outcome(peer.submit_put(few, slices, then=then)) == {STORED: 8}
+    assert outcome(peer.submit_exists(few, then=then)) == {HIT: 8}
+    assert outcome(peer.submit_exists(keys, then=then)) == {HIT: 8, MISS: 292}  # more than one-sided READs
+    assert outcome(peer.submit_pin(few, 10, then=then)) == {DONE: 8}
+    assert outcome(peer.submit_unpin(few, then=then)) == {DONE: 8}
+    assert outcome(peer.submit_get(few, slices, then=then)) == {HIT: 8}
+    assert outcome(peer.submit_delete(few, then=then)) == {DONE: 8}
+    assert peer.reap() == []  # those with a place to go are not kept
+
+
+def test_a_faulty_callback_harms_nobody_else(node: NodeThread, connect: Connect) -> None:
+    peer, keys = connect(node), keys_of(2)
+
+    def faulty(ticket: Ticket) -> None:
+        raise RuntimeError("a fault in the application")
+
+    peer.submit_exists(keys, then=faulty)
+    peer.submit_exists(keys)
+    assert [t.done for t in collect(peer, 1)] == [True]
