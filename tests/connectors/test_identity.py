@@ -1,4 +1,4 @@
-"""Different configuration, no hit: every part of an identity changes every key, and kinds of blocks never meet."""
+"""Different configuration, no hit: every part of an identity changes every key."""
 
 from __future__ import annotations
 
