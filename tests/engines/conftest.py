@@ -1,4 +1,4 @@
-"""For engines that are installed without their GPU packages: stands in for what they import and never use here."""
+"""For engines without their GPU packages: stands in for what they import and never use here."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stub_torchvision() -> None:
-    """Lets an engine import torchvision where it is not installed: it is built for one torch and one CUDA, and
-    SGLang's configurations of image models, which nothing here uses, import it on the way to the memory pools.
+    """Lets an engine import torchvision where it is not installed: it belongs to one torch and one CUDA, and
+    SGLang's configurations of image models, which nothing here uses, import it on the way to its pools.
     """
     if importlib.util.find_spec("torchvision") is None:
         import transformers.utils
