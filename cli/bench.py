@@ -1,4 +1,4 @@
-"""``memkv-bench``: limit, get, put, mixed, latency, replay, flash, restart, gpu."""
+"""``memkv-bench``: limit, get, put, mixed, latency, replay, flash, restart, ttft, gpu."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._group import OneLineGroup
 from .bench_options import arena, loading, options, reaching, sizes, wish
 from .bench_options import size as a_size
 from .report import Row, print_result
+from .ttft_options import ttft_options
 
 
 @click.group("memkv-bench", cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -174,6 +175,17 @@ def restart(as_json: bool, **flags: Any) -> int:
 
     memory = arena(flags)
     return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+
+
+@main.command()
+@reaching
+@ttft_options
+def ttft(as_json: bool, **flags: Any) -> int:
+    """Time to first token: a prompt computed, and restored by a fresh process; the logits are compared."""
+    from .ttft import Settings, run
+
+    memory = arena(flags)
+    return run(Settings(wish=wish(flags), memory=memory, **flags), as_json=as_json)
 
 
 @main.command()

@@ -1,0 +1,401 @@
+"""The command ttft: time to the first token of a prompt, computed and out of memkv, and whether it is the
+same token.
+
+One process computes each prompt and keeps its blocks: that is the recompute. Another, which has the same
+weights but has computed none of the prompts, fetches the blocks, computes what is left behind the last full
+one, and has to come to the same logits, bit for bit. With ``--flash`` the node is then stopped and started
+again, so that it has the blocks on flash only, and a third process asks. Every repetition has new prompts: no
+location and no block of one is known from an earlier one.
+
+docs/ttft.md says what the figures include and what they do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..gpudirect import driver
+from ..rdma.errors import LocalError
+from .cluster import Child, Nodes, Wish, arena_bytes
+from .flash_rig import FlashRig, room
+from .report import Row, Steps, _round, print_result
+from .transformer import Tokens, restorable
+from .ttft_shapes import Shape, find
+from .ttft_worker import Computed, Job, Restored, work
+
+SECONDS = 3600.0  # for one answer of a process
+TOKENS = {"tiny": (256, 512)}  # what is measured unless --tokens says so
+OTHER_TOKENS = (512, 1024, 2048)
+CHUNKS = {"numpy": 256, "torch": 256, "cuda": 2048}
+WAYS = ("memory", "flash")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The command's options; ``tokens`` empty, ``layers`` and ``chunk`` None, ``memory`` 0: what is usual."""
+
+    wish: Wish
+    model: str = "tiny"
+    layers: int | None = None
+    backend: str = "auto"
+    tokens: tuple[int, ...] = ()
+    block_tokens: int = 16
+    chunk: int | None = None
+    repeat: int = 3
+    seed: int = 1
+    tolerance: float = 0.0
+    flash: str = ""
+    force: bool = False
+    memory: int = 0
+
+
+@dataclass(slots=True)
+class Way:
+    """What came of one way to the first token, over all repetitions."""
+
+    seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    hit_tokens: list[int] = field(default_factory=list)
+    blocks: int = 0  # of a prompt
+    hits: int = 0
+    missed: int = 0
+    worst: float = 0.0  # difference of a logit
+    identical: bool = True
+    same_token: bool = True
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class Result:
+    """Of one length of prompt."""
+
+    tokens: int
+    recompute: Way = field(default_factory=Way)
+    put_seconds: list[float] = field(default_factory=list)
+    ways: dict[str, Way] = field(default_factory=dict)
+    kept_less: int = 0
+    problem: str = ""
+
+    def errors(self, tolerance: float) -> int:
+        """Blocks that could not be kept or fetched, and ways whose logits are not those of the recompute."""
+        wrong = sum(not right(way, tolerance) for way in self.ways.values())
+        return self.kept_less + sum(way.missed for way in self.ways.values()) + wrong
+
+
+def right(way: Way, tolerance: float) -> bool:
+    """Whether something was restored and gave the recompute's logits, and its token, every time."""
+    close = way.identical or way.worst <= tolerance  # a NaN is not close to anything
+    return bool(way.seconds) and min(way.hit_tokens) > 0 and close and way.same_token
+
+
+def compare(way: Way, computed: Computed, restored: Restored) -> None:
+    """Adds one prompt's outcome to ``way``."""
+    way.seconds.append(restored.seconds)
+    for name in ("match", "get", "compute"):
+        way.parts.setdefault(name, []).append(getattr(restored, f"{name}_seconds"))
+    way.hit_tokens.append(restored.tokens)
+    way.blocks = restored.blocks
+    way.hits += restored.hits
+    way.missed += restored.blocks - restored.hits
+    way.problem = way.problem or restored.problem
+    due, found = computed.logits, restored.logits
+    worst = float(np.abs(due.astype(np.float64) - found).max())
+    way.worst = worst if not worst <= way.worst else way.worst  # NaN stays
+    way.identical &= due.tobytes() == found.tobytes()
+    way.same_token &= bool(np.isfinite(found).all()) and int(due.argmax()) == int(found.argmax())
+
+
+def pick_backend(name: str) -> str:
+    """auto: cuda where there is a GPU and torch, else numpy."""
+    if name != "auto":
+        return name
+    if driver.available():  # says why not
+        return "numpy"
+    with contextlib.suppress(ImportError):
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+    return "numpy"
+
+
+def run(settings: Settings, *, as_json: bool) -> int:
+    """Measures and prints; the exit status."""
+    head, shape, dtype_bytes, results = measure(settings)
+    errors = sum(result.errors(settings.tolerance) for result in results)
+    if as_json:
+        print(json.dumps(report(head, shape, dtype_bytes, results, settings)))
+    else:
+        rows = [row for result in results for row in _rows(result, shape, dtype_bytes, settings)]
+        print_result(head, rows, as_json=False, notes=[*NOTES, "", *lines(results, settings.tolerance)])
+    return 1 if errors else 0
+
+
+def measure(settings: Settings) -> tuple[dict[str, Any], Shape, int, list[Result]]:
+    """Heading, shape, bytes of a value of KV, and a result for each length."""
+    shape = find(settings.model)
+    shape = shape.cut(settings.layers) if settings.layers else shape
+    backend = pick_backend(settings.backend)
+    lengths = settings.tokens or TOKENS.get(shape.name, OTHER_TOKENS)
+    block = settings.block_tokens
+    if min(lengths) <= block:
+        raise LocalError(
+            f"a prompt of {min(lengths)} tokens has no full block of {block} and a token behind it",
+            "--tokens, --block-tokens",
+        )
+    chunk = settings.chunk or -(-CHUNKS[backend] // block) * block
+    if chunk % block:
+        raise LocalError(f"chunks of {chunk} tokens cut blocks of {block}", "--chunk: a multiple")
+    if settings.flash and settings.wish.nodes:
+        raise LocalError("nodes that exist are not restarted for a benchmark", "leave --nodes or --flash out")
+    job = Job(
+        shape=shape,
+        backend=backend,
+        seed=settings.seed,
+        longest=max(lengths),
+        block=block,
+        chunk=chunk,
+        wish=settings.wish,
+        salt=secrets.token_hex(8),
+        durability="flash" if settings.flash else "memory",
+    )
+    with Steps((2 + bool(settings.flash)) * len(lengths) * settings.repeat) as steps:
+        bench = _Ttft(settings, job, lengths, steps)
+        try:
+            bench.run()
+        finally:
+            bench.close()
+    head = bench.head | {
+        "model": shape.describe(),
+        "weights": f"random, seed {settings.seed}",
+        "prompts": f"{settings.repeat} of each length, in blocks of {block} tokens, computed {chunk} at once",
+    }
+    return head, shape, bench.dtype_bytes, bench.results
+
+
+class _Ttft:
+    def __init__(self, settings: Settings, job: Job, lengths: Sequence[int], steps: Steps) -> None:
+        self.settings, self.job, self.steps = settings, job, steps
+        self.results = [Result(tokens) for tokens in lengths]
+        self.dtype_bytes = 2 if job.backend == "cuda" else 4
+        self.head: dict[str, Any] = {}
+        self._block_bytes = job.shape.kv_bytes(job.block, self.dtype_bytes)
+        self._all = settings.repeat * sum(-(-n // job.block) for n in lengths) + 16
+        self._stack = contextlib.ExitStack()
+        self._store: FlashRig | None = None
+        self._nodes: Nodes | None = None
+        self._processes: dict[str, Child] = {}
+        self._connected: set[str] = set()
+
+    def run(self) -> None:
+        if self.settings.flash:
+            least = room(self._all, self._block_bytes)
+            store = FlashRig(self.settings.flash, least, force=self.settings.force, steps=self.steps)
+            self._store = self._stack.enter_context(store)
+        self._start_node()
+        for number in range(self.settings.repeat):
+            prompts = [self._prompt(result.tokens, number) for result in self.results]
+            computed = self._compute(prompts)
+            self._restore("memory", prompts, computed)
+            if self._store:
+                self._restart_node()
+                self._restore("flash", prompts, computed)
+
+    def _prompt(self, tokens: int, number: int) -> Tokens:
+        rng = np.random.default_rng([self.settings.seed, number, tokens])
+        return rng.integers(0, self.job.shape.vocab, tokens)
+
+    def _process(self, name: str) -> Child:
+        """A process of this name: started when it is first asked for, and connected."""
+        assert self._nodes is not None
+        if name not in self._processes:
+            self.steps.now(f"drawing weights for {name}")
+            self._processes[name] = Child(work, self.job)
+            self._processes[name].ask(timeout=SECONDS)
+        if name not in self._connected:
+            self.head |= self._processes[name].ask(("open", self._nodes.addresses), SECONDS)
+            self._connected.add(name)
+        return self._processes[name]
+
+    def _compute(self, prompts: Sequence[Tokens]) -> list[Computed]:
+        writer, out = self._process("writer"), []
+        for result, tokens in zip(self.results, prompts, strict=True):
+            self.steps.now(f"computing {len(tokens)} tokens")
+            done: Computed = writer.ask(("compute", tokens), SECONDS)
+            result.recompute.seconds.append(done.seconds)
+            result.put_seconds.append(done.put_seconds)
+            result.kept_less += done.blocks - done.kept
+            result.problem = result.problem or done.problem
+            out.append(done)
+            self.steps.done()
+        return out
+
+    def _restore(self, way: str, prompts: Sequence[Tokens], computed: Sequence[Computed]) -> None:
+        reader = self._process(way)
+        before = self._staged(way)
+        for result, tokens, due in zip(self.results, prompts, computed, strict=True):
+            self.steps.now(f"restoring {len(tokens)} tokens from {way}")
+            done: Restored = reader.ask(("restore", tokens), SECONDS)
+            compare(result.ways.setdefault(way, Way()), due, done)
+            self.steps.done()
+        due_blocks = sum(restorable(len(p), self.job.block) // self.job.block for p in prompts)
+        self._check_tier(way, self._staged(way) - before, due_blocks)
+
+    def _check_tier(self, way: str, staged: int, due: int) -> None:
+        """Blocks said to come from flash must have been read there; of memory it is only noted."""
+        if staged if way == "memory" else staged < due:
+            for result in self.results:
+                result.ways[way].problem = f"the node read {staged} blocks from flash, of {due}"
+                result.ways[way].missed += way == "flash"
+
+    def _staged(self, way: str) -> int:
+        """Blocks that the node has read from flash since it started."""
+        if self._store is None:
+            return 0
+        heading, staged = self._processes[way].ask(("flash", None), SECONDS)
+        self.head |= self._store.heading() | heading
+        return int(staged)
+
+    def _start_node(self) -> None:
+        memory = self.settings.memory or arena_bytes(self._all, self._block_bytes)
+        store = self._store
+        self._nodes = Nodes(
+            self.settings.wish,
+            memory=memory,
+            block_bytes=self._block_bytes,
+            more=lambda number: store.flags if store else (),
+        )
+
+    def _restart_node(self) -> None:
+        """In order; it has everything on flash then, and nothing in memory."""
+        assert self._nodes is not None
+        self.steps.now("restarting the node")
+        for name in self._connected:
+            self._processes[name].ask(("leave", None))
+        self._connected.clear()
+        self._nodes.own[0].stop()
+        self._nodes.close()
+        self._start_node()
+
+    def close(self) -> None:
+        for child in self._processes.values():
+            child.close()
+        if self._nodes is not None:
+            self._nodes.close()
+        self._stack.close()
+
+
+# --- what is said ---
+
+NOTES = (
+    "Times are from the prompt to the logits of its next token; weights are in place and peers connected.",
+    "memory, flash: keys, match, get, and computing what is behind the last full block, in a process that",
+    "has never computed the prompt.",
+)
+
+
+def _p(values: Sequence[float], q: float) -> float:
+    return float(np.percentile(values, q))
+
+
+def lines(results: Sequence[Result], tolerance: float) -> list[str]:
+    """The last lines: what was saved, and whether the logits are the same."""
+    out = []
+    for result in results:
+        base = _p(result.recompute.seconds, 50)
+        for name, way in result.ways.items():
+            if not way.seconds or not any(way.hit_tokens):
+                out.append(f"prefill {result.tokens} tokens: nothing was restored from memkv's {name}")
+                continue
+            seconds = _p(way.seconds, 50)
+            if way.identical:
+                verdict = "logits identical"
+            elif right(way, tolerance):
+                verdict = f"logits within {way.worst:.2g}"
+            else:
+                verdict = f"LOGITS DIFFER by up to {way.worst:.2g}"
+            where = "memkv" if name == "memory" else f"memkv from {name}"
+            out.append(
+                f"prefill {result.tokens} tokens: recompute {base:.3g} s, {where} {seconds:.3g} s "
+                f"({base / seconds:.1f}×), {verdict}"
+            )
+    return out
+
+
+def _rows(result: Result, shape: Shape, dtype_bytes: int, settings: Settings) -> list[Row]:
+    base = _p(result.recompute.seconds, 50)
+    first = Row(what="recompute", times_us=np.array(result.recompute.seconds) * 1e6, errors=result.kept_less)
+    first.extra = {
+        "tokens": result.tokens,
+        "gflop_per_s": shape.prefill_flops(result.tokens) / base / 1e9,
+        "put_ms": _p(result.put_seconds, 50) * 1e3,
+    }
+    first.note = result.problem
+    rows = [first]
+    for name, way in result.ways.items():
+        row = Row(what=name, times_us=np.array(way.seconds) * 1e6, hits=way.hits)
+        row.misses = way.missed
+        row.errors = way.missed + (not right(way, settings.tolerance))
+        row.ratio = base / _p(way.seconds, 50)
+        row.extra = {"tokens": result.tokens, "hit_tokens": int(min(way.hit_tokens))}
+        row.extra |= {f"{part}_ms": _p(times, 50) * 1e3 for part, times in way.parts.items()}
+        row.extra |= {"MB": shape.kv_bytes(min(way.hit_tokens), dtype_bytes) / 1e6}
+        row.extra |= {"max_abs_diff": way.worst}
+        row.note = way.problem
+        rows.append(row)
+    return rows
+
+
+def report(
+    head: dict[str, Any], shape: Shape, dtype_bytes: int, results: Sequence[Result], settings: Settings
+) -> dict[str, Any]:
+    """The JSON object: see docs/ttft.md."""
+    rows = [_json_row(result, shape, dtype_bytes, settings) for result in results]
+    best = max(rows, key=lambda row: row["tokens"])
+    return {
+        "heading": head,
+        "model": shape.as_json() | {"dtype_bytes": dtype_bytes},
+        "flops_per_second": best["flops_per_second"],
+        "rows": rows,
+    }
+
+
+def _json_row(result: Result, shape: Shape, dtype_bytes: int, settings: Settings) -> dict[str, Any]:
+    ways = result.ways.values()
+    hit = min(min(way.hit_tokens) for way in ways)
+    flops = shape.prefill_flops(result.tokens)
+    out: dict[str, Any] = {
+        "what": "ttft",
+        "tokens": result.tokens,
+        "recompute_seconds": _spread(result.recompute.seconds),
+        "put_seconds": _spread(result.put_seconds),
+    }
+    for name in WAYS:
+        way = result.ways.get(name)
+        out[f"{name}_seconds"] = _spread(way.seconds) if way else None
+        out[f"{name}_parts_seconds"] = (
+            {part: _spread(times) for part, times in way.parts.items()} if way else None
+        )
+    return out | {
+        "hit_tokens": hit,
+        "blocks": hit // settings.block_tokens,
+        "bytes": shape.kv_bytes(hit, dtype_bytes),
+        "flops": flops,
+        "flops_per_second": _round(flops / _p(result.recompute.seconds, 50)),
+        "max_abs_diff": max(way.worst for way in ways),
+        "identical": all(way.identical for way in ways),
+        "same_token": all(way.same_token for way in ways),
+        "errors": result.errors(settings.tolerance),
+        "notes": [text for text in (result.problem, *(way.problem for way in ways)) if text],
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    return {"p50": _round(_p(seconds, 50)), "p99": _round(_p(seconds, 99)), "min": _round(min(seconds))}
