@@ -124,7 +124,8 @@ def replay(as_json: bool, **flags: Any) -> int:
     from .replay import Settings, run
 
     memory = arena(flags)
-    return _finish(*run(Settings(wish=wish(flags), memory=memory, **flags)), as_json=as_json)
+    played = run(Settings(wish=wish(flags), memory=memory, **flags))
+    return _finish(played.heading, played.rows, played.notes, as_json=as_json)
 
 
 @main.command()
