@@ -15,6 +15,7 @@ from .native._peer import ffi
 from .rdma.errors import LocalError
 from .session import Session
 from .status import Status
+from .store.messages import SLOT_BYTES
 
 Keys = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.uint32] | None
@@ -64,6 +65,7 @@ class Batch:
         "fresh",
         "keys",
         "lengths",
+        "places",
         "slices",
         "status",
         "under_way",
@@ -89,6 +91,7 @@ class Batch:
         self.lengths = np.zeros(n, np.uint32)
         self.checksums = checksums
         self.elapsed_us = np.zeros(n, np.uint32) if timed else None
+        self.places: npt.NDArray[np.uint8] | None = None  # (n, 32): slots that nodes have named, else zero
         self.under_way: list[tuple[Session, ReadChannel, Index]] = []
 
     def load(self, session: Session, channel: ReadChannel, index: Index, timeout: float) -> Any:
@@ -100,6 +103,7 @@ class Batch:
         job.keys = _pointer("uint8_t[]", self.keys)
         job.index = _pointer("uint32_t[]", index)
         job.slices = _pointer("struct mkv_slice[]", self.slices)
+        job.places = _pointer("struct mkv_slot[]", self.places)
         job.status = _pointer("uint8_t[]", self.status)
         job.lengths = _pointer("uint32_t[]", self.lengths)
         job.checksums = _pointer("uint64_t[]", self.checksums)
@@ -146,6 +150,12 @@ class Batch:
             return np.flatnonzero(self.status == status).astype(np.uint32)
         found: npt.NDArray[np.uint32] = index[self.status[index] == status]
         return found
+
+    def learn(self, index: npt.NDArray[np.uint32], slots: bytes) -> None:
+        """Notes down where blocks were staged for this batch. Nobody else may READ by these slots."""
+        if self.places is None:
+            self.places = np.zeros((len(self.keys), SLOT_BYTES), np.uint8)
+        self.places[index] = np.frombuffer(slots, np.uint8).reshape(-1, SLOT_BYTES)
 
     def replace(self, old: Status, new: Status) -> None:
         """Gives every key that has one status another."""

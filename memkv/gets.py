@@ -25,7 +25,7 @@ from .link import Link
 from .rdma.errors import DeadlineError, LocalError, MemKVError
 from .rdma.jobs import run
 from .session import Session
-from .staging import MESSAGE_KEYS, Answer, learn, request_stage
+from .staging import MESSAGE_KEYS, Answer, learn, let_go, request_stage
 from .status import Status
 from .touches import Touches
 
@@ -144,6 +144,8 @@ class Gets:
             ready = [part for answer in taken if (part := learn(batch, answer)) is not None]
             if ready:
                 again += self._read(batch, ready, until)
+                for session, index in ready:
+                    let_go(batch, session, index)
         if open_requests:
             batch.replace(Status.COLD, Status.TIMEOUT)
         return [] if open_requests else again
@@ -166,10 +168,13 @@ class Gets:
         await self._read_async(batch, self._parts(batch), time.monotonic() + seconds)
         self._note_hits(batch)
 
-    async def bring_async(self, batch: Batch, seconds: float) -> None:
+    async def bring_async(self, batch: Batch, seconds: float) -> Parts:
         """Has the nodes bring a batch's keys into memory, where they stay for a moment, without READing them:
-        PENDING where they are there, else the status says why not.
+        PENDING where they are there (``batch.places`` says where), else the status says why not.
+
+        :returns: what is there, to be let go once it has been READ.
         """
+        ready: Parts = []
         until = time.monotonic() + seconds
         cold: Parts = []
         for session, index in self._parts(batch):
@@ -186,8 +191,10 @@ class Gets:
             except TimeoutError:
                 break
             open_requests -= answer.last
-            learn(batch, answer)
+            if (part := learn(batch, answer)) is not None:
+                ready.append(part)
         batch.replace(Status.COLD, Status.TIMEOUT)
+        return ready
 
     async def _read_async(self, batch: Batch, parts: Wanted, until: float) -> Parts:
         cold: Parts = []
@@ -235,6 +242,8 @@ class Gets:
             ready = [part for answer in taken if (part := learn(batch, answer)) is not None]
             if ready:
                 again += await self._read_async(batch, ready, until)
+                for session, index in ready:
+                    let_go(batch, session, index)
         if open_requests:
             batch.replace(Status.COLD, Status.TIMEOUT)
         return [] if open_requests else again
@@ -244,7 +253,10 @@ class Gets:
     def _note_hits(self, batch: Batch) -> None:
         if self._touches is None or batch.slices is None:
             return
-        self._touches.add(batch.keys, batch.status)
+        status = batch.status
+        if batch.places is not None:  # the node knows of those: it was asked for them
+            status = np.where(batch.places.any(axis=1), np.uint8(Status.PENDING), status)
+        self._touches.add(batch.keys, status)
 
 
 def _request(batch: Batch, cold: Parts, until: float, take: Callable[[Answer], Any]) -> int:

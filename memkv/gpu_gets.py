@@ -18,6 +18,7 @@ from .gets import STAGINGS, Gets
 from .gpudirect import staging
 from .gpudirect.staging import Addresses, Fetch
 from .parts import Part, Stage, slices_of
+from .staging import let_go
 from .status import Status
 
 BRINGING = 2  # portions of a batch that are being brought from flash, READ and copied at once
@@ -41,10 +42,15 @@ async def get_staged(
         async def bring(some: Part, gate: asyncio.Semaphore = gate) -> None:
             async with gate:
                 batch = Batch(part.whole.keys[some.index], None, False, False)
-                await gets.bring_async(batch, until - time.monotonic())
+                ready = await gets.bring_async(batch, until - time.monotonic())
                 status[some.index] = batch.status
-                here = some.only(np.flatnonzero(batch.status == Status.PENDING))
-                await staging.get(stage.way, here, _fetch(gets, stage, here, lengths, checksum), until)
+                there = np.flatnonzero(batch.status == Status.PENDING)
+                here, places = some.only(there), None if batch.places is None else batch.places[there]
+                fetch = _fetch(gets, stage, here, lengths, checksum, places)
+                await staging.get(stage.way, here, fetch, until)
+                batch.status[:] = status[some.index]
+                for session, index in ready:
+                    let_go(batch, session, index)
 
         portions = stage.way.portions(part.room[cold])
         work = [bring(part.only(cold[start:stop])) for start, stop in portions]
@@ -55,13 +61,24 @@ async def get_staged(
     status[left] = Status.STALE  # evicted again each time before it was READ
 
 
-def _fetch(gets: Gets, stage: Stage, part: Part, lengths: npt.NDArray[np.uint32], checksum: bool) -> Fetch:
-    """READs blocks of a part into slots; keys in flash only are left COLD."""
+def _fetch(
+    gets: Gets,
+    stage: Stage,
+    part: Part,
+    lengths: npt.NDArray[np.uint32],
+    checksum: bool,
+    places: npt.NDArray[np.uint8] | None = None,
+) -> Fetch:
+    """READs blocks of a part into slots; keys in flash only are left COLD.
+
+    :param places: by key of the part: where a node has staged them.
+    """
 
     async def fetch(some: slice, offset: Addresses, seconds: float) -> Addresses:
         index = part.index[some]
         slots = slices_of(offset, stage.region.id, part.room[some])
         batch = Batch(part.whole.keys[index], slots, checksum, False)
+        batch.places = None if places is None else np.ascontiguousarray(places[some])
         await gets.read_async(batch, seconds)
         part.whole.status[index], lengths[index] = batch.status, batch.lengths
         return np.where(batch.status == Status.HIT, batch.lengths, 0).astype(np.uint64)

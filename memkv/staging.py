@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .batches import Batch
-from .native._peer import ffi, lib
 from .rdma.errors import MemKVError
 from .session import Session
 from .status import Status
 from .store import messages as m
 
 MESSAGE_KEYS = 16384
+GENERATION = slice(16, 20)  # its bytes in a slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,22 @@ def learn(batch: Batch, answer: Answer) -> tuple[Session, npt.NDArray[np.uint32]
     where = answer.index[np.frombuffer(part.indices, "<u4")]
     status = np.frombuffer(part.statuses, np.uint8)
     batch.status[where] = status
-    slots = np.frombuffer(part.slots, np.uint8)
-    if len(where):
-        lib.mkv_view_learn(
-            answer.session.view, ffi.cast("struct mkv_slot *", ffi.from_buffer(slots)), len(where)
-        )
+    batch.learn(where, part.slots)
     ready = where[status == Status.HIT]
     batch.status[ready] = Status.PENDING
     return (answer.session, ready) if len(ready) else None
+
+
+def let_go(batch: Batch, session: Session, index: npt.NDArray[np.uint32]) -> None:
+    """Tells a node which of the places that it had named for a batch have been READ: it may use them again.
+
+    Only a HIT is known to have been READ to its end. A block that was published meanwhile is none of ours any
+    more; the node knows by itself.
+    """
+    done = index[batch.status[index] == Status.HIT]
+    if batch.places is None or not len(done):
+        return
+    keys, generations = batch.keys[done].tobytes(), batch.places[done, GENERATION].tobytes()
+    message = m.Unstage(session.info.namespace, keys, generations)
+    with contextlib.suppress(RuntimeError):  # the peer was closed just now
+        session.loop.call_soon_threadsafe(session.say, message)

@@ -402,6 +402,17 @@ class Staged(Message, frozen=True, tag=45):
     last: bool
 
 
+class Unstage(Message, frozen=True, tag=46):
+    """The places that a Staged named for these keys have been READ, and will not be READ again; never
+    answered. Who sends it keeps such places to itself: a location that others READ by is never given back.
+    """
+
+    COLUMNS: ClassVar = {"keys": 16, "generations": 4}
+    namespace: U32
+    keys: Keys
+    generations: U32s
+
+
 # --- notices of the node ----------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ class State(Enum):
 
 _REQUESTS: Final = (
     m.OpenNamespace, m.OpenChannel, m.CloseChannel, m.OfferRegions, m.WithdrawRegions,
-    m.Put, m.Lookup, m.Match, m.Touch, m.Pin, m.Unpin, m.Delete, m.Stats, m.Stage,
+    m.Put, m.Lookup, m.Match, m.Touch, m.Pin, m.Unpin, m.Delete, m.Stats, m.Stage, m.Unstage,
 )  # fmt: skip
 _REPLIES: Final = (
     m.NamespaceInfo, m.ChannelInfo, m.PutDone, m.Statuses, m.Count, m.StatsInfo, m.Staged, m.Done,

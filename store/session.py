@@ -267,6 +267,11 @@ class Session:
         if queue := self.queues.get(r.namespace):
             lib.mkv_ns_touch(queue.ns, ffi.from_buffer(r.keys), r.blocks)
 
+    def _unstage(self, r: m.Unstage) -> None:
+        if queue := self.queues.get(r.namespace):
+            keys, generations = ffi.from_buffer(r.keys), ffi.from_buffer("uint32_t[]", r.generations)
+            lib.mkv_ns_unstage(queue.ns, keys, generations, r.blocks)
+
     async def _open_namespace(self, r: m.OpenNamespace) -> m.Message:
         ns = await self.shared.namespaces.open(r)
         if ns.id not in self.queues:
@@ -467,6 +472,7 @@ _QUICK: dict[type, Callable[[Any, Any], m.Message | None]] = {
     m.Ack: Session._ack,
     m.Stats: Session._stats,
     m.Touch: Session._touch,
+    m.Unstage: Session._unstage,
     m.OfferRegions: Session._offer,
 }
 _SLOW: dict[type, Callable[[Any, Any], Coroutine[Any, Any, m.Message | None]]] = {

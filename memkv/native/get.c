@@ -390,8 +390,11 @@ static void start_key(struct mkv_getjob *g, uint32_t position, int again) {
     fl->position = position;
     fl->failures = (uint8_t)again;
     fl->posted_ns = 0;
-    if (g->slices && !again && !g->fresh &&
-        mkv_cache_get(g->view->cache, key_bytes(g, position), &fl->slot)) {
+    if (g->places && !again && g->places[key_of(g, position)].location) {
+        fl->slot = g->places[key_of(g, position)];
+        begin_block(g, f, 0);
+    } else if (g->slices && !again && !g->fresh &&
+               mkv_cache_get(g->view->cache, key_bytes(g, position), &fl->slot)) {
         count(&g->view->cached, 1);
         begin_block(g, f, 1);
     } else {
@@ -517,10 +520,4 @@ uint32_t mkv_getjob_repeat(struct mkv_getjob *g, void (*run)(struct mkv_job *), 
             return good;
     }
     return good;
-}
-
-void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n) {
-    for (uint32_t i = 0; i < n; i++)
-        if (mkv_location_state(slots[i].location) == MKV_SLOT_LIVE)
-            mkv_cache_put(view->cache, &slots[i]);
 }

@@ -1,6 +1,6 @@
 /* get.h: the job behind get, exists and match: find blocks by one-sided READs, READ them, verify them.
  *
- *                      location cached ──────────────┐
+ *                      staged for us, or cached ─────┐
  *   key ─► cache ─┤                                  ├─► READ live line + payload ─► verify ─► HIT
  *                      not ─► READ both buckets ─► found        │ fails once: look up again
  *                                               ├► in flash: COLD  └ fails twice: STALE
@@ -59,6 +59,8 @@ struct mkv_getjob {
     const uint8_t *keys;            /* 16 bytes each */
     const uint32_t *index;          /* which of them are ours; NULL: the first n */
     const struct mkv_slice *slices; /* by key; NULL: only look up, do not READ payloads */
+    const struct mkv_slot *places;  /* by key: where the node said that a block was staged, for us alone; with
+                                       location 0 it said nothing; NULL: about none */
     uint8_t *status;                /* by key, MKV_*; MKV_PENDING remains where a slab is not known yet */
     uint32_t *lengths;              /* by key: payload bytes of a HIT; may be NULL */
     uint64_t *checksums;            /* by key: of a HIT, from its live line; may be NULL */
@@ -87,8 +89,5 @@ void mkv_getjob_init(struct mkv_getjob *g, struct mkv_channel *ch, uint64_t time
  * What each took goes into took_ns; returns how many of them had all their keys. */
 uint32_t mkv_getjob_repeat(struct mkv_getjob *g, void (*run)(struct mkv_job *), uint64_t timeout_ns,
                            uint32_t count, uint64_t *took_ns);
-
-/* Notes down locations that the node has told us. */
-void mkv_view_learn(struct mkv_view *view, const struct mkv_slot *slots, uint32_t n);
 
 #endif

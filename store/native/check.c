@@ -51,8 +51,13 @@ static int check_class(struct mkv_ns *ns, const struct mkv_class *c) {
     int bad = check_list(ns, &c->free, c, MKV_EXTENT_FREE, 0);
     bad = bad ? bad : check_list(ns, &c->quarantine, c, MKV_EXTENT_QUARANTINE, 0);
     bad = bad ? bad : check_list(ns, &c->sieve.queue, c, MKV_EXTENT_LIVE, 0);
+    bad = bad ? bad : check_list(ns, &c->idle, c, MKV_EXTENT_STAGED, 0);
     if (bad)
         return bad;
+    for (const struct mkv_extent *e = c->sieve.queue.head; e; e = e->next)
+        CHECK(!e->idle);
+    for (const struct mkv_extent *e = c->idle.head; e; e = e->next)
+        CHECK(e->idle && !e->pins);
     uint64_t pinned = 0, dirty = 0, dirty_pinned = 0, busy = 0;
     for (const struct mkv_extent *e = ns->pinned.head; e; e = e->next)
         pinned += mkv_slab_of(ns, e)->cls == c;
@@ -66,8 +71,8 @@ static int check_class(struct mkv_ns *ns, const struct mkv_class *c) {
         }
     CHECK(!busy || ns->flash);
     CHECK(pinned + dirty_pinned == c->pinned - pinned_going(ns, c));
-    CHECK(c->extents ==
-          c->free.count + c->quarantine.count + c->sieve.queue.count + pinned + dirty + busy + c->filling);
+    CHECK(c->extents == c->free.count + c->quarantine.count + c->sieve.queue.count + c->idle.count + pinned +
+                            dirty + busy + c->filling);
     const struct mkv_extent *hand = c->sieve.hand, *e = c->sieve.queue.head;
     while (hand && e && e != hand)
         e = e->next;

@@ -161,6 +161,9 @@ uint32_t mkv_stage_collect(struct mkv_stage *s, uint32_t *index, uint8_t *status
 int mkv_stage_done(const struct mkv_stage *s); /* all keys answered (collected or not) */
 /* Forgets it, done or not: reads under way go on for those who joined. */
 void mkv_stage_free(struct mkv_stage *s);
+/* Whoever was told these places (generations: those in the slots) has READ them and will not again. Those
+ * that nobody else was told can be taken at once. Returns how many. */
+uint32_t mkv_ns_unstage(struct mkv_ns *ns, const uint8_t *keys, const uint32_t *generations, uint32_t n);
 
 /* --- looking after it --- */
 

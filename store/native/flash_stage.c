@@ -4,6 +4,9 @@
  * verified, and gets a live line with a new generation; but the index goes on saying FLASH, and only who
  * asked is told the location. Most blocks that are asked for once are not asked for again, so they leave no
  * trace where every peer looks. The second use (another request, a touch) makes the slot LIVE, in place.
+ * Until then the peer that was told may say that it has READ the block and will not do so again: that makes
+ * it idle, and its extent can be taken at once ("The one exception" in quarantine.c), so that what comes from
+ * flash flows through memory at the device's pace, and not at that of quarantines.
  *
  * Who writes what. The device writes the payload, into an extent in state STAGING: its live line's generation
  * is zero, no slot names it, and it is in no list from which it could be taken; it stays so until the request
@@ -91,6 +94,18 @@ void mkv_promote(struct mkv_ns *ns, struct mkv_extent *e) {
     mkv_ns_change(ns, &slot);
     e->state = MKV_EXTENT_LIVE;
     ns->flash->n.staged--;
+    if (e->idle) {
+        mkv_settled_leave(ns, e);
+        mkv_settled_join(ns, e);
+    }
+}
+
+static void make_idle(struct mkv_ns *ns, struct mkv_extent *e) {
+    struct mkv_class *c = mkv_slab_of(ns, e)->cls;
+    mkv_settled_leave(ns, e);
+    e->idle = 1;
+    mkv_list_push_tail(&c->idle, e);
+    c->taken -= c->taken > 0; /* it has come back: nobody need be evicted for it */
 }
 
 /* --- reading --- */
@@ -135,6 +150,8 @@ static void appear(struct mkv_ns *ns, struct mkv_op *op) {
     mkv_settled_join(ns, e);
     if (op->publish || op->uses > 1)
         mkv_promote(ns, e);
+    else if (!op->waiters.head) /* nobody will be told */
+        make_idle(ns, e);
     struct mkv_slot slot = slot_of(ns, e);
     answer_all(op, MKV_HIT, &slot);
     MKV_COUNT(op->f, staged_blocks, 1);
@@ -297,6 +314,30 @@ void mkv_stage_pump(struct mkv_ns *ns, uint64_t max) {
         (void)try_item(ns, it, &batch, &tried);
     }
     mkv_batch_send(ns->flash->f, &batch);
+}
+
+static int unstage(struct mkv_ns *ns, const uint8_t key[16], uint64_t generation) {
+    struct mkv_place p;
+    if (!mkv_ns_where(ns, key, &p) || !p.e || p.e->state != MKV_EXTENT_STAGED || p.e->idle ||
+        (uint32_t)p.e->generation != generation || mkv_slab_of(ns, p.e)->state != MKV_SLAB_READY)
+        return 0;
+    make_idle(ns, p.e);
+    return 1;
+}
+
+uint32_t mkv_ns_unstage(struct mkv_ns *ns, const uint8_t *keys, const uint32_t *generations, uint32_t n) {
+    uint32_t good = 0;
+    for (uint32_t i = 0; ns->flash && i < n;) {
+        uint64_t came = 0;
+        pthread_mutex_lock(&ns->lock);
+        for (uint32_t end = n - i < KEYS_AT_ONCE ? n : i + KEYS_AT_ONCE; i < end; i++)
+            came += (uint64_t)unstage(ns, keys + 16ull * i, generations[i]);
+        if (came)
+            mkv_stage_pump(ns, 2 * came);
+        pthread_mutex_unlock(&ns->lock);
+        good += (uint32_t)came;
+    }
+    return good;
 }
 
 static void expire(struct mkv_stage *s) {

@@ -22,9 +22,12 @@
  * deleted while a device reads it is not freed before that is over:
  *
  *   FREE ──stage──► STAGING ──verified──► STAGED ──second use──► LIVE ──unpublish──► QUARANTINE
- *     ▲                │                     └────────────────evict────────────────►  │ five ticks
- *     ├────in vain─────┘                                                              ▼
+ *     ▲                │                  │  └────────────────evict────────────────►  │ five ticks
+ *     ├────in vain─────┘                  │                                           ▼
+ *     ├─────────────evict, if idle────────┘                                           │
  *     └──────────────────────────────── the device is done ◄──────────────────────── BUSY
+ *
+ * A STAGED block is *idle* once nobody who knows of its place READs it any more (flash_stage.c).
  *
  * A LIVE block is besides that DIRTY or CLEAN (mkv_write_state); without flash it is always clean.
  */
@@ -78,7 +81,7 @@ struct mkv_extent { /* 88 B: what the node knows of one extent. Not registered: 
     uint8_t write; /* mkv_write_state */
     uint8_t tries; /* to write it that failed */
     uint8_t avoid; /* 1 + the device where the last one did, or 0 */
-    uint8_t spare;
+    uint8_t idle;  /* STAGED, and nobody READs it: in the class's list of those */
 };
 
 struct mkv_list {
@@ -96,13 +99,14 @@ struct mkv_class {
     uint64_t extent;  /* header page and payload */
     uint64_t per_slab;
     struct mkv_list free, quarantine;
-    struct mkv_sieve sieve; /* live or staged, clean, and not pinned */
+    struct mkv_sieve sieve; /* live or staged, clean, not pinned, not idle */
+    struct mkv_list idle;   /* the one that has been so for longest at the head */
     uint64_t slabs;         /* ready ones */
     uint64_t extents;       /* of ready slabs: free, filling, live, quarantined */
     uint64_t filling;       /* and staging */
     uint64_t pinned;
     uint64_t coming;    /* slabs taken and not ready */
-    uint64_t taken;     /* extents asked of this class since the last tick */
+    uint64_t taken;     /* extents asked of this class since the last tick, less those that became idle */
     uint64_t rate16;    /* the same per tick, smoothed, in sixteenths */
     uint64_t asked;     /* puts of this class's lengths since the last tick, whichever class served them */
     uint64_t demand256; /* the same per tick, smoothed over many, in 256ths */
@@ -207,7 +211,7 @@ void mkv_class_tick(struct mkv_ns *ns, struct mkv_class *c);
 /* Neither adds to a list; drop forgets all pins and takes a clean e off the list of pinned ones. */
 void mkv_pin_add(struct mkv_ns *ns, struct mkv_extent *e, uint32_t pins, uint64_t until);
 void mkv_pin_drop(struct mkv_ns *ns, struct mkv_extent *e);
-/* A clean block joins the SIEVE queue, or the list of pinned ones; and leaves it. */
+/* A clean block joins the SIEVE queue, or the list of pinned ones; and leaves it, or that of idle ones. */
 void mkv_settled_join(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_settled_leave(struct mkv_ns *ns, struct mkv_extent *e);
 void mkv_pins_expire(struct mkv_ns *ns, uint64_t max);

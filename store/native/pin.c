@@ -21,10 +21,14 @@ void mkv_settled_join(struct mkv_ns *ns, struct mkv_extent *e) {
 }
 
 void mkv_settled_leave(struct mkv_ns *ns, struct mkv_extent *e) {
+    struct mkv_class *c = mkv_slab_of(ns, e)->cls;
     if (e->pins)
         mkv_list_unlink(&ns->pinned, e);
+    else if (e->idle)
+        mkv_list_unlink(&c->idle, e);
     else
-        mkv_sieve_remove(&mkv_slab_of(ns, e)->cls->sieve, e);
+        mkv_sieve_remove(&c->sieve, e);
+    e->idle = 0;
 }
 
 void mkv_pin_add(struct mkv_ns *ns, struct mkv_extent *e, uint32_t pins, uint64_t until) {

@@ -57,6 +57,15 @@
  *     Within a slab the extents have one size for ever; to change it the slab is retired, zeroed and given a
  *     new id (retire.c). Step 2 needs it: the line was sampled where lines are.
  *
+ * The one exception
+ * -----------------
+ * A block that was staged from flash lies in an extent that no slot names. Where it is was told to one
+ * request of one peer, which keeps the location to itself (it does not go into the location cache that the
+ * peer's other batches share), and after its READ has completed says so (Unstage, with the generation). If
+ * nobody else was told meanwhile, nobody READs the extent, and nobody will: it is *idle*, and may be filled
+ * again at once. A second request is told the same place, and therefore makes the block an ordinary one
+ * first (mkv_promote): from then on it leaves by quarantine. A peer that says so untimely harms itself alone.
+ *
  * Who writes, who reads, why a stale read is harmless
  * ---------------------------------------------------
  * live line    This node writes it, under the namespace's lock: fill.c publishes, this file unpublishes.
@@ -77,18 +86,30 @@
 
 #include <string.h>
 
+/* Nobody READs the extent any more; a device may. */
+static void free_now(struct mkv_class *c, struct mkv_extent *e) {
+    if (e->op) {
+        e->state = MKV_EXTENT_BUSY;
+    } else {
+        e->state = MKV_EXTENT_FREE;
+        mkv_list_push_head(&c->free, e);
+    }
+}
+
 /* What both ways of going have in common, after the generation and the slot: puts the extent into quarantine
- * (or, in a slab that is being retired, leaves it dead: then the slab is in quarantine as a whole). */
+ * (or, in a slab that is being retired, leaves it dead: then the slab is in quarantine as a whole). An idle
+ * one needs none: see "The one exception". */
 static void leave(struct mkv_ns *ns, struct mkv_extent *e) {
     struct mkv_slab *s = mkv_slab_of(ns, e);
     struct mkv_class *c = s->cls;
+    int idle = e->idle;
 
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* out of the store buffer before the clock starts to run */
 
     if (e->pins)
         mkv_pin_drop(ns, e);
     else if (e->write == MKV_CLEAN)
-        mkv_sieve_remove(&c->sieve, e);
+        mkv_settled_leave(ns, e);
     if (ns->flash)
         mkv_flash_left(ns, e);
     s->live--;
@@ -98,6 +119,10 @@ static void leave(struct mkv_ns *ns, struct mkv_extent *e) {
     if (s->state != MKV_SLAB_READY) {
         e->state = MKV_EXTENT_DEAD;
         s->until = e->until;
+        return;
+    }
+    if (idle) {
+        free_now(c, e);
         return;
     }
     e->state = MKV_EXTENT_QUARANTINE;
@@ -154,11 +179,6 @@ void mkv_quarantine_release(struct mkv_ns *ns, struct mkv_class *c) {
     while (c->quarantine.head && c->quarantine.head->until <= ns->epoch) {
         struct mkv_extent *e = c->quarantine.head;
         mkv_list_unlink(&c->quarantine, e);
-        if (e->op) {
-            e->state = MKV_EXTENT_BUSY;
-        } else {
-            e->state = MKV_EXTENT_FREE;
-            mkv_list_push_head(&c->free, e);
-        }
+        free_now(c, e);
     }
 }

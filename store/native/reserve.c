@@ -2,8 +2,13 @@
  *
  * An evicted extent is of use only a grace period later. Each class therefore keeps some extents free or on
  * their way to being free: as many as are filled, at the recent rate, while an extent passes through
- * quarantine; at least one, and at most half of the class, for a block that is evicted too early is a block
- * lost.
+ * quarantine; at least a small share of the class, so that work which begins after a pause finds some, and at
+ * most half of it, for a block that is evicted too early is a block lost.
+ *
+ * Idle extents (staged from flash, READ once, and of interest to nobody now) are as good as free ones. A
+ * share of the class may stay as they are, for a second use in time makes them ordinary blocks; what there is
+ * more of is taken again, the oldest first. So a long scan through what lies in flash passes through a few
+ * extents and drives nothing else out of memory.
  *
  * Eviction begins when the arena has no more slabs. Until then the same measure says when to ask for another
  * slab.
@@ -12,6 +17,8 @@
 
 #include "arena.h"
 
+#define RESERVE_SHARE  32 /* a 32nd of a class is always free or nearly so */
+#define IDLE_SHARE     10 /* a tenth of it may be idle: S3-FIFO's small queue (Yang et al., SOSP 2023) */
 #define RESERVE_TICKS  (MKV_GRACE_TICKS + 1) /* the quarantine, and the tick in which the need arises */
 #define EVICT_PER_TAKE 2    /* a put pays for itself and works off a deficit, but not all at once */
 #define EVICT_PER_TICK 4096 /* the lock is held meanwhile */
@@ -29,7 +36,15 @@ static uint64_t need(const struct mkv_class *c) {
 
 static uint64_t reserve(const struct mkv_class *c) {
     uint64_t n = need(c);
+    if (n < c->extents / RESERVE_SHARE)
+        n = c->extents / RESERVE_SHARE;
     return n < c->extents / 2 ? n : c->extents / 2;
+}
+
+/* Idle extents beyond their share. */
+static uint64_t surplus(const struct mkv_class *c) {
+    uint64_t share = c->extents / IDLE_SHARE;
+    return c->idle.count > share ? c->idle.count - share : 0;
 }
 
 /* How many should be free before a further slab is due. A burst counts before the tick has made a rate of it:
@@ -46,26 +61,31 @@ static void ask_for_slab(struct mkv_ns *ns, struct mkv_class *c) {
         mkv_arena_signal(ns->arena);
 }
 
-static int evict_one(struct mkv_ns *ns, struct mkv_class *c) {
-    struct mkv_extent *e = mkv_sieve_victim(&c->sieve, ns->epoch);
-    if (!e)
-        return 0;
+static void evict(struct mkv_ns *ns, struct mkv_extent *e) {
     ns->n.evictions++;
     ns->n.evicted_bytes += e->length;
     mkv_evict(ns, e);
-    return 1;
+}
+
+static int evict_one(struct mkv_ns *ns, struct mkv_class *c) {
+    struct mkv_extent *e = mkv_sieve_victim(&c->sieve, ns->epoch);
+    if (e)
+        evict(ns, e);
+    return e != NULL;
 }
 
 static void evict_ahead(struct mkv_ns *ns, struct mkv_class *c, unsigned max) {
     uint64_t want = reserve(c);
-    while (max-- && c->free.count + c->quarantine.count < want && evict_one(ns, c))
+    while (max-- && c->free.count + c->quarantine.count + surplus(c) < want && evict_one(ns, c))
         ;
 }
 
 /* A free extent of the class, or NULL. Either way it sees to it that there will be more. */
 static struct mkv_extent *take(struct mkv_ns *ns, struct mkv_class *c) {
-    struct mkv_extent *e = c->free.head;
     c->taken++;
+    if (!c->free.head && c->idle.head)
+        evict(ns, c->idle.head);
+    struct mkv_extent *e = c->free.head; /* none after that if a device still has it */
     if (e)
         mkv_list_unlink(&c->free, e);
     if (mkv_class_may_grow(ns, c)) {

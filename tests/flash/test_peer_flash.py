@@ -59,6 +59,22 @@ def test_strict_readers_and_others_fetch_staged_blocks(start: Start, connect: Co
     assert (get_all(connect(node, strict=strict), SOME) == Status.HIT).all()
 
 
+def test_a_scan_of_flash_waits_for_no_quarantine(start: Start, connect: Connect) -> None:
+    """With a grace period of a minute, an extent that others may know of is of no use again in this test."""
+    third = 2 * IN_ARENA // 3
+    for part in in_batches(MANY[: 4 * third], third):  # a restart leaves memory empty
+        node = start(grace_ms=60_000)
+        put_all(connect(node), part)
+        written(node)
+        node.stop()
+    node = start(grace_ms=60_000)
+    peer = connect(node)
+    for _ in range(2):
+        assert (get_all(peer, MANY[: 4 * third]) == Status.HIT).all()
+    assert stats_of(node)["evictions"] >= 4 * third
+    assert sum(n["cached"] for n in peer.stats()["nodes"].values()) == 0  # no place was kept for later
+
+
 def test_what_is_in_flash_only_is_found(start: Start, connect: Connect) -> None:
     """By one-sided lookups and by message; and what is not held still ends a prefix."""
     node = start()

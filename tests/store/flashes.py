@@ -303,6 +303,12 @@ class FlashSpace(Space):
         nowhere = lib.MKV_TIMEOUT, Found(0, 0, 0, 0)
         return [answers.get(i, nowhere) for i in range(len(keys))]
 
+    def unstage(self, *places: tuple[bytes, Found]) -> int:
+        """Lets go of places that were told for keys; how many nobody else knows of."""
+        keys = b"".join(key for key, _ in places)
+        generations = ffi.new("uint32_t[]", [found.generation for _, found in places])
+        return int(lib.mkv_ns_unstage(self.ns, keys, generations, len(places)))
+
     def fetch(self, found: Found, key: bytes) -> bytes | None:
         """As a peer READs by a location that it was told."""
         if found.slab not in self.slab_at:

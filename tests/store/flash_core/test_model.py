@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,6 +150,15 @@ class FlashMachine(RuleBasedStateMachine):
                 assert status == TIMEOUT
                 assert key in self.model
         self.notice_evictions()
+
+    @rule(data=st.data(), generation=st.sampled_from([0, 0, 0, 1]))
+    def unstage(self, data: st.DataObject, generation: int) -> None:
+        """A reader lets go of a place, and forgets it; others remember it. Or it names a wrong one."""
+        if self.told:
+            found, key = self.told.pop(data.draw(st.integers(0, len(self.told) - 1)))
+            wrong = replace(found, generation=found.generation ^ generation)
+            told_twice = (found, key) in self.told
+            assert not (self.space.unstage((key, wrong)) and (generation or told_twice))
 
     @rule(keys=st.lists(KEYS, max_size=4))
     def touch(self, keys: list[bytes]) -> None:
