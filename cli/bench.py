@@ -12,6 +12,7 @@ from .. import __version__
 from ._group import OneLineGroup
 from .bench_options import arena, loading, options, reaching, sizes, wish
 from .bench_options import size as a_size
+from .cost_options import costing, take
 from .report import Row, print_result
 from .ttft_options import ttft_options
 
@@ -35,7 +36,10 @@ def _loads(kind: str, flags: dict[str, Any], **extra: Any) -> int:
 
 def _finish(heading: dict[str, Any], rows: list[Row], notes: list[str], *, as_json: bool) -> int:
     print_result(heading, rows, as_json=as_json, notes=notes)
-    errors = sum(row.errors for row in rows)
+    return _errors(sum(row.errors for row in rows))
+
+
+def _errors(errors: int) -> int:
     if errors:
         click.echo(f"memkv-bench: {errors} errors", err=True)
     return 1 if errors else 0
@@ -119,13 +123,19 @@ def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: boo
     "--batch", type=click.IntRange(1), default=64, help="Blocks, where everything is got again. [64]"
 )
 @click.option("--verify/--no-verify", default=True, help="Compare every byte of every hit. [on]")
+@costing
 def replay(as_json: bool, **flags: Any) -> int:
-    """Replays a trace of prompts: match, get the hits, put the rest."""
+    """Replays a trace of prompts: match, get the hits, put the rest. What that saves: --cost."""
     from .replay import Settings, run
 
-    memory = arena(flags)
-    played = run(Settings(wish=wish(flags), memory=memory, **flags))
-    return _finish(played.heading, played.rows, played.notes, as_json=as_json)
+    memory, costs = arena(flags), take(flags)
+    settings = Settings(wish=wish(flags), memory=memory, **flags)
+    if costs is None:
+        played = run(settings)
+        return _finish(played.heading, played.rows, played.notes, as_json=as_json)
+    from .cost_run import run_costs
+
+    return _errors(run_costs(settings, costs, as_json=as_json))
 
 
 @main.command()

@@ -1,0 +1,129 @@
+"""Figures that were measured instead of assumed: what ``memkv-bench ttft --json`` says, and what each request
+of a replay found.
+
+Prefill and loads are lines: so many seconds, and so many more for each FLOP or byte. They are fitted so that
+relative errors count, by least squares; a line that would begin below zero begins at zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from ..rdma.errors import LocalError
+from .cost_shapes import Shape
+
+T = TypeVar("T")
+
+
+class _Model(msgspec.Struct):
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    dtype_bytes: int
+
+
+class _Seconds(msgspec.Struct):
+    p50: float
+
+
+class _Row(msgspec.Struct):
+    tokens: int
+    recompute_seconds: _Seconds
+    memory_seconds: _Seconds
+    bytes: int
+    flash_seconds: _Seconds | None = None
+
+
+class _Ttft(msgspec.Struct):
+    model: _Model
+    rows: list[_Row]
+    flops_per_second: float | None = None
+
+
+class _Replay(msgspec.Struct):
+    held: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds: ``start`` and one ``rate``-th for each unit."""
+
+    start: float
+    rate: float
+
+    def seconds(self, amount: float) -> float:
+        """For so much."""
+        return self.start + amount / self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A machine: FLOPs of prefill, bytes from memkv's memory, and from its flash if it had some."""
+
+    shape: Shape
+    prefill: Line
+    memory: Line
+    flash: Line | None
+    peak: float | None  # FLOP/s of the device, as measured
+
+
+def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
+    """The line through measured times, at least one."""
+    x, t = np.asarray(amounts, np.float64), np.asarray(seconds, np.float64)
+    slope = float(np.sum(x / t) / np.sum((x / t) ** 2))  # through zero
+    start = 0.0
+    if len(np.unique(x)) > 1:
+        (a, b), *_ = np.linalg.lstsq(np.stack([1 / t, x / t], axis=1), np.ones(len(t)), rcond=None)
+        if a > 0 and b > 0:
+            start, slope = float(a), float(b)
+    return Line(start, 1 / slope)
+
+
+def load(path: Path) -> Measured:
+    """What a run of ``memkv-bench ttft --json`` wrote. LocalError says what is missing."""
+    knob = "--measured takes what memkv-bench ttft --json printed"
+    doc = _read(path, _Ttft, knob)
+    figures = [(row.tokens, row.bytes, row.recompute_seconds.p50, row.memory_seconds.p50) for row in doc.rows]
+    figures += [(row.tokens, row.bytes, row.flash_seconds.p50, 1.0) for row in doc.rows if row.flash_seconds]
+    if not doc.rows or min(n for line in figures for n in line) <= 0:
+        raise LocalError(f"{path}: no rows, or one that is not above zero", knob)
+    shape = Shape(**{name: getattr(doc.model, name) for name in doc.model.__struct_fields__})
+    rows = doc.rows
+    staged = [(row.bytes, row.flash_seconds.p50) for row in rows if row.flash_seconds is not None]
+    return Measured(
+        shape,
+        fit([shape.prefill_flops(row.tokens) for row in rows], [row.recompute_seconds.p50 for row in rows]),
+        fit([row.bytes for row in rows], [row.memory_seconds.p50 for row in rows]),
+        fit([nbytes for nbytes, _ in staged], [t for _, t in staged]) if staged else None,
+        doc.flops_per_second,
+    )
+
+
+def load_held(path: Path, requests: int) -> list[int]:
+    """What each request found, as ``memkv-bench replay --cost --json`` wrote it."""
+    knob = "--hits takes what memkv-bench replay --cost --json printed, for the same trace"
+    held = _read(path, _Replay, knob).held
+    if len(held) != requests:
+        raise LocalError(f"{path}: hits of {len(held)} requests, the trace has {requests}", knob)
+    return held
+
+
+def _read(path: Path, kind: type[T], knob: str) -> T:
+    try:
+        doc: Any = json.loads(path.read_text(encoding="utf-8"))
+        return msgspec.convert(doc, kind)
+    except (OSError, ValueError) as error:  # msgspec's ValidationError is a ValueError
+        why = getattr(error, "strerror", None) or str(error)
+        raise LocalError(f"{path}: {why}", knob) from None
