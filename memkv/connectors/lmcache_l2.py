@@ -203,9 +203,12 @@ class MemKVL2Adapter(L2AdapterInterface):
         sites: list[Site | None] = []
         for key in keys:
             layout = layouts.get(key.object_group_id)
-            sites.append(self._site(key, layout) if layout else None)
             if layout:
+                sites.append(self._site(key, layout))
                 self._sought[_group(key)] = layout.text
+            else:  # LMCache calls it a hint: what was last met under such keys, if anything was
+                met = list(self._met.get((key.model_name, key.kv_rank, key.object_group_id), {}).values())
+                sites.append(met[-1] if met else None)
         task, parts = self._begin(LOOKUP, keys, sites)
         for site, index in parts:
             self._pin(task, site, index)

@@ -1,7 +1,7 @@
 """The memory that LMCache's objects lie in: registered once per arena, copied through where that cannot be.
 
-LMCache cuts its objects out of one arena (or a few). An arena is registered when it is described or first met,
-and from then on a batch's slices are arithmetic on addresses.
+LMCache cuts its objects out of one arena, or a few. Each is registered when it is described or first met, and
+from then on a batch's slices are arithmetic on addresses.
 """
 
 from __future__ import annotations

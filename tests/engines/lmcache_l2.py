@@ -91,20 +91,16 @@ def wait_for(fd: int, ask: Any) -> Any:
     while True:
         assert poller.poll(LONG * 1000), "the event fd was not signalled"
         consume_fd(fd)
-        if answer := ask():
+        if (answer := ask()) is not None:
             return answer
 
 
 def store(adapter: Any, keys: list[ObjectKey], objects: list[Any]) -> L2StoreResult:
     task = adapter.submit_store_task(keys, objects)
-    done: dict[int, L2StoreResult] = {}
-
-    def ask() -> bool:
-        done.update(adapter.pop_completed_store_tasks())
-        return task in done
-
-    wait_for(adapter.get_store_event_fd(), ask)
-    return done[task]
+    result: L2StoreResult = wait_for(
+        adapter.get_store_event_fd(), lambda: adapter.pop_completed_store_tasks().get(task)
+    )
+    return result
 
 
 def lookup(adapter: Any, keys: list[ObjectKey], layout: MemoryLayoutDesc = LAYOUT) -> list[bool]:
