@@ -1,8 +1,8 @@
 """Costs: what prefix hits are worth, by a model on top of a replay (docs/costs.md).
 
-Four cases are played over the same trace, on the same replicas: no reuse; the engine's own prefix cache in HBM;
-that and its own host's memory; and HBM with memkv behind. Each is played at several loads, and the highest load
-that still meets the objective is sought.
+Four cases are played over the same trace, on the same replicas: no reuse; the engine's own prefix cache in
+HBM; that and its own host's memory; and HBM with memkv behind. Each is played at several loads, and the
+highest load that still meets the objective is sought.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HALVINGS = 8
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """All results: at the trace's own rate, at each load, and at the highest that meets the objective (None: not
-    even the lowest of those tried does)."""
+    """All results: at the trace's own rate, at each load, and at the highest that meets the objective (None:
+    not even the lowest of those tried does)."""
 
     work: Work
     setup: Setup

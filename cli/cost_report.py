@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from .cost_setup import CASE_TITLES, CASES, Setup
 from .cost_sim import TIERS, Result
 
 NOTES = (
-    "gpu·s: seconds of replicas times their GPUs. recompute: prefill of blocks that an earlier prompt had.",
-    "busy: share of all GPU time while requests come; useful: without recompute.",
-    "$/M: for a million tokens of prompts and answers. fleet: all GPUs and nodes for all that time; work: GPUs",
-    "while they are busy, nodes for all that time; at SLO: the fleet at the highest load that meets the objective.",
+    "GPU seconds: of replicas, times their GPUs. recomputed: prefill of blocks that an earlier prompt had;",
+    "useful: without it. busy: share of all GPU time while requests come. highest load: times the trace's rate,",
+    "with the objective (slo) met and no more work than there is time for. $/M: dollars for a million tokens of",
+    "prompts and answers; fleet: all GPUs and nodes for all that time; work: GPUs while busy, nodes for all of it.",
 )
 
 
@@ -123,6 +123,7 @@ def print_tables(costs: Costs, varied: Sequence[Varied] = ()) -> None:
         f"{t['blocks']} blocks were in an earlier prompt; memkv's hits: {_hits_from(costs)}."
     )
     console.print(_base_table(doc["cases"]))
+    console.print(_links(costs.base["memkv"], setup))
     console.print("\nby load, in times the trace's rate", style="bold")
     console.print(_sweep_table(doc["sweep"]))
     if varied:
@@ -137,36 +138,52 @@ def _hits_from(costs: Costs) -> str:
     return "counted by a replay" if costs.counted else "of the model"
 
 
-def _base_table(cases: Iterable[dict[str, Any]]) -> Table:
-    def lines() -> Iterable[list[str]]:
-        for c in cases:
-            slo = c["at_slo"]
-            yield [
-                c["title"],
-                *(f"{c[name]:.2f}" for name in ("ttft_p50", "ttft_p90", "ttft_p99")),
-                *(str(c["hits"][tier]) for tier in TIERS),
-                f"{c['prefill_gpu_seconds']:.0f}",
-                f"{c['recompute_gpu_seconds']:.0f}",
-                f"{c['decode_gpu_seconds']:.0f}",
-                _percent(c["gpu_seconds_saved_share"]),
-                _percent(c["busy"]),
-                _percent(c["useful_of_busy"]),
-                f"{c['fleet_cost']:.3f}",
-                f"{c['work_cost']:.3f}",
-                "-" if slo is None else f"{slo['load']:.2f}",
-                "-" if slo is None else f"{slo['fleet_cost']:.3f}",
-            ]
+def _base_table(cases: Sequence[dict[str, Any]]) -> Table:
+    """Cases side by side."""
+    lines = [
+        [f"TTFT {name}, s", *(f"{c[f'ttft_{name}']:.2f}" for c in cases)] for name in ("p50", "p90", "p99")
+    ]
+    lines += [[f"hits in {_TIERS[tier]}, blocks", *(str(c["hits"][tier]) for c in cases)] for tier in TIERS]
 
-    tiers = [f"hits {tier}" for tier in TIERS]
-    titles = ("case", "TTFT p50 s", "p90", "p99", *tiers, "prefill gpu·s", "recompute", "decode", "saved")
-    return _table(
-        (*titles, "busy", "useful of it", "$/M fleet", "$/M work", "load at SLO", "$/M at SLO"), lines()
-    )
+    def line(title: str, of: Callable[[dict[str, Any]], str]) -> None:
+        lines.append([title, *map(of, cases)])
+
+    line("prompt tokens not computed", lambda c: _percent(c["cached_token_share"]))
+    line("prefill, GPU seconds", lambda c: f"{c['prefill_gpu_seconds']:.0f}")
+    line("of it recomputed", lambda c: f"{c['recompute_gpu_seconds']:.0f}")
+    line("decode, GPU seconds", lambda c: f"{c['decode_gpu_seconds']:.0f}")
+    line("GPU seconds saved", lambda c: _percent(c["gpu_seconds_saved_share"]))
+    line("GPUs busy", lambda c: _percent(c["busy"]))
+    line("of it useful", lambda c: _percent(c["useful_of_busy"]))
+    line("$/M, fleet", lambda c: f"{c['fleet_cost']:.3f}")
+    line("$/M, work", lambda c: f"{c['work_cost']:.3f}")
+    line("highest load", lambda c: _slo(c, "load", 2))
+    line("requests/s at it", lambda c: _slo(c, "requests_per_second", 2))
+    line("GPUs busy at it", lambda c: _percent(c["at_slo"]["busy"]) if c["at_slo"] else "-")
+    line("$/M at it", lambda c: _slo(c, "fleet_cost", 3))
+    return _table(("", *(c["title"] for c in cases)), lines)
+
+
+def _links(r: Result, setup: Setup) -> str:
+    """How much memkv's nodes have to do."""
+    busy = ", ".join(f"{name.replace('_', ' ')} {_percent(share)}" for name, share in r.links.items())
+    text = f"memkv's nodes: {busy}; {r.put_bytes / 1e12:.1f} TB put, {r.dropped} blocks not kept"
+    if setup.node_flash:
+        times = r.put_bytes / r.seconds * 86400 / (setup.nodes * setup.node_flash)
+        text += f"; at this rate all of flash is written {times:.1f} times a day"
+    return text
+
+
+_TIERS = {"hbm": "HBM", "host": "own host", "memory": "memkv's memory", "flash": "memkv's flash"}
+
+
+def _slo(case: dict[str, Any], name: str, digits: int) -> str:
+    return f"{case['at_slo'][name]:.{digits}f}" if case["at_slo"] else "-"
 
 
 def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
     loads = sorted({s["load"] for s in sweep})
-    titles = [f"{CASE_TITLES[case]}: {what}" for what in ("busy", "TTFT p90 s") for case in CASES]
+    titles = [f"{CASE_TITLES[case]}:\n{what}" for what in ("busy", "TTFT p90, s") for case in CASES]
     at = {(s["case"], s["load"]): s for s in sweep}
     lines = (
         [
@@ -177,7 +194,7 @@ def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
         ]
         for load in loads
     )
-    return _table(("load", "requests/s", *titles), lines, wrap=True)
+    return _table(("load", "requests/s", *titles), lines)
 
 
 def _varied_table(varied: Sequence[Varied]) -> Table:
@@ -195,13 +212,10 @@ def _varied_table(varied: Sequence[Varied]) -> Table:
     return _table(titles, lines)
 
 
-def _table(
-    titles: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,), wrap: bool = False
-) -> Table:
+def _table(titles: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, title in enumerate(titles):
-        width = 12 if wrap and ":" in title else None
-        table.add_column(title, justify="left" if i in left else "right", no_wrap=not wrap, max_width=width)
+        table.add_column(title, justify="left" if i in left else "right", no_wrap=i not in left or i == 0)
     for line in lines:
         table.add_row(*line)
     return table

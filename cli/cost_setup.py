@@ -16,8 +16,8 @@ from .trace import BLOCK_TOKENS
 CASES = ("none", "hbm", "host", "memkv")
 CASE_TITLES = {
     "none": "no reuse",
-    "hbm": "prefix cache in HBM",
-    "host": "HBM + own host's DRAM",
+    "hbm": "HBM cache",
+    "host": "HBM + own host",
     "memkv": "HBM + memkv",
 }
 HBM_SHARE = 0.9  # of HBM that an engine takes for weights and KV cache: vLLM's gpu_memory_utilization
@@ -33,14 +33,16 @@ class Gpu:
     hbm_bytes: float
     price: float
     source: str
+    price_source: str = "middle of specialised clouds' rates, May 2026"
 
 
-_PRICES = "price: middle of the rates of specialised clouds, May 2026"
 GPUS = {
-    "a100": Gpu(312e12, 2.039e12, 80e9, 1.3, f"NVIDIA A100 80GB SXM datasheet; {_PRICES}"),
-    "h100": Gpu(989e12, 3.35e12, 80e9, 3.0, f"NVIDIA H100 SXM datasheet, dense; {_PRICES}"),
-    "h200": Gpu(989e12, 4.8e12, 141e9, 4.0, f"NVIDIA H200 SXM datasheet, dense; {_PRICES}"),
-    "b200": Gpu(2250e12, 7.7e12, 180e9, 6.0, "NVIDIA HGX B200 datasheet, dense; price: one cloud, 03/2026"),
+    "a100": Gpu(312e12, 2.039e12, 80e9, 1.3, "NVIDIA A100 80GB SXM datasheet, dense"),
+    "h100": Gpu(989e12, 3.35e12, 80e9, 3.0, "NVIDIA H100 SXM datasheet, dense"),
+    "h200": Gpu(989e12, 4.8e12, 141e9, 4.0, "NVIDIA H200 SXM datasheet, dense"),
+    "b200": Gpu(
+        2250e12, 7.7e12, 180e9, 6.0, "NVIDIA HGX B200 datasheet, dense", "one cloud's rate, March 2026"
+    ),
 }
 
 
@@ -101,16 +103,22 @@ class Setup:
         return nbytes // self.block_bytes
 
     def prefill_seconds(self, tokens: int, cached: int = 0) -> float:
-        """Of a replica, for ``tokens`` behind ``cached`` ones."""
-        return self.prefill_overhead + self.shape.prefill_flops(tokens, cached) / self.rate
+        """Of a replica, for ``tokens`` behind ``cached`` ones: no less than reading all weights takes."""
+        flops = self.shape.prefill_flops(tokens, cached) / self.rate
+        if self.prefill_rate:  # what was measured has read them
+            return self.prefill_overhead + flops
+        return self.prefill_overhead + max(flops, self.shape.weight_bytes / self._bandwidth)
+
+    @property
+    def _bandwidth(self) -> float:
+        return self.gpus * self.gpu.hbm_bandwidth * self.decode_efficiency
 
     def decode_seconds(self, tokens: int, outputs: int) -> float:
         """Of a replica, for the ``outputs`` tokens that follow a prompt of ``tokens``; the first of them
         comes from the prefill."""
         steps = max(0, outputs - 1)
         context = tokens + outputs / 2
-        bandwidth = self.gpus * self.gpu.hbm_bandwidth * self.decode_efficiency
-        read = self.shape.decode_bytes(context, self.decode_batch) / bandwidth
+        read = self.shape.decode_bytes(context, self.decode_batch) / self._bandwidth
         flops = 2 * (self.shape.matmul_params + self.shape.head_params)
         return steps * max(read, flops / self.rate)
 
@@ -128,14 +136,14 @@ class Setup:
         yield "model", s.name, f"{s.params / 1e9:.2f} G parameters", "--model"
         yield "kv_bytes", s.kv_bytes, "B a token", "2 · layers · KV heads · head dim · bytes of an element"
         yield "block", self.block_bytes / 1e6, f"MB of {BLOCK_TOKENS} tokens", "the trace's blocks"
-        yield "gpu", self.gpu_name, f"{self.gpus} a replica", g.source
+        yield "gpu", self.gpu_name, f"{self.gpus} a replica", "--gpu, --gpus"
         yield "replicas", self.replicas, "of the model", "--replicas"
         yield "gpu_flops", g.flops / 1e12, "TFLOP/s a GPU", g.source
         yield "mfu", self.mfu, "of it in prefill", "assumed (--mfu)"
         yield "prefill_rate", self.rate / 1e12, "TFLOP/s a replica", "GPUs · peak · MFU"
         yield "prefill_overhead", self.prefill_overhead * 1e3, "ms a prefill", "assumed"
         yield "hbm_bandwidth", g.hbm_bandwidth / 1e12, "TB/s a GPU", g.source
-        yield "decode_efficiency", self.decode_efficiency, "of it in decode", "assumed"
+        yield "decode_efficiency", self.decode_efficiency, "of it in decode and short prefills", "assumed"
         yield "decode_batch", self.decode_batch, "sequences a step", "assumed, the same in all cases"
         yield (
             "hbm_kv",
@@ -161,7 +169,7 @@ class Setup:
         yield "deadline", self.deadline, "s, then recomputed", "memkv's default"
         yield "policy", self.policy, "of memkv's memory and flash", "--policy; engines' own caches: LRU"
         yield "routing", self.routing, "of requests to replicas", "--routing, the same in all cases"
-        yield "gpu_price", g.price, "$ a GPU hour", g.source
+        yield "gpu_price", g.price, "$ a GPU hour", g.price_source
         yield "node_price", self.node_price, "$ a node hour", "assumed, no source: vary it"
         yield "slo", self.slo, "s, p90 of TTFT", "--slo"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..rdma.errors import LocalError
-from .cost import Costs, per_million
+from .cost import Costs, fleet_cost
 from .cost_setup import CASE_TITLES, CASES
 
 COLOURS = {"none": "#999999", "hbm": "#E69F00", "host": "#56B4E9", "memkv": "#0072B2"}
@@ -101,7 +101,9 @@ def _ttft(axes: Any, costs: Costs) -> None:
         _line(axes, case, times[at], shares[at], gid=f"ttft-{case}")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    first = min(np.percentile(costs.base[case].ttft, 0.5) for case in CASES)
     axes.set(xlabel="time to first token (s)", ylabel="requests (%)", ylim=(0, 101))
+    axes.set_xlim(left=first * 0.8)
     axes.set_title("First tokens at the trace's rate")
 
 
@@ -118,6 +120,7 @@ def _against_load(axes: Any, costs: Costs, what: str) -> None:
         axes.set_title("Utilisation: the same answers with fewer busy GPUs")
         return
     axes.set_yscale("log")
+    axes.set_ylim(top=costs.setup.slo * 20)  # beyond, a queue only says how long the trace is
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.set_ylabel("TTFT, 90th percentile (s)")
     axes.set_title("First tokens against load")
@@ -135,23 +138,23 @@ def _against_load(axes: Any, costs: Costs, what: str) -> None:
 
 def _cost(axes: Any, costs: Costs) -> None:
     setup = costs.setup
+    highest = [fleet_cost(result, setup) for result in costs.highest.values() if result]
     for i, case in enumerate(CASES):
         result = costs.highest[case]
         if result is None:
             axes.text(i, 0, "never", ha="center", va="bottom", fontsize=8)
             continue
-        hours = result.seconds / 3600
-        total = per_million(setup.hourly(case) * hours, result)
-        gpus = per_million(setup.hourly("none") * hours, result)
+        total = fleet_cost(result, setup)
+        gpus = total * setup.hourly("none") / setup.hourly(case)
         axes.bar(i, gpus, width=0.62, color=COLOURS[case], gid=f"cost-{case}")
         axes.bar(i, total - gpus, width=0.62, bottom=gpus, color=NODE_COLOUR)
         if total > gpus:
             axes.annotate("nodes", (i + 0.33, (total + gpus) / 2), fontsize=8, color=NODE_COLOUR, va="center")
         rate = len(result.ttft) / result.seconds
-        axes.text(i, total, f"${total:.2f}\n{rate:.1f} req/s", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(CASES)), [CASE_TITLES[case].replace(" + ", "\n+ ") for case in CASES])
+        axes.text(i, total, f"${total:.3f}\n{rate:.1f} req/s", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(CASES)), [CASE_TITLES[case].replace(" + ", " +\n") for case in CASES])
     axes.set_xlim(-0.6, len(CASES) - 0.3)
-    axes.margins(y=0.22)
+    axes.set_ylim(top=1.2 * max(highest, default=1.0))
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("$ for a million tokens")
     axes.set_title(f"Cost at the highest load with p90 within {setup.slo:g} s")
