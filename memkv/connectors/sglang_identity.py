@@ -29,7 +29,9 @@ FACTS = (
     "storage_format_tag",
     "num_mamba_layers",
     "temporal_dtype",
+    "temporal_state_shape",
     "conv_dtype",
+    "conv_state_shapes",
     "indexer_dtype",
 )
 # Of the engine's configuration: a pool of float8 says only that its elements are bytes.
