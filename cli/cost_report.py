@@ -17,9 +17,10 @@ from .cost_sim import TIERS, Result
 
 NOTES = (
     "GPU seconds: of replicas, times their GPUs. recomputed: prefill of blocks that an earlier prompt had;",
-    "useful: without it. busy: share of all GPU time while requests come. highest load: times the trace's rate,",
-    "with the objective (slo) met and no more work than there is time for. $/M: dollars for a million tokens of",
-    "prompts and answers; fleet: all GPUs and nodes for all that time; work: GPUs while busy, nodes for all of it.",
+    "useful: without it. busy: share of all GPU time while requests come. highest load: times the trace's",
+    "rate, with the objective (slo) met and no more work than there is time for. $/M: dollars for a million",
+    "tokens of prompts and answers; fleet: all GPUs and nodes for all that time; work: GPUs while they are",
+    "busy, nodes for all of it.",
 )
 
 

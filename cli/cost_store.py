@@ -1,6 +1,6 @@
 """memkv as the cost model sees it: a memory tier, a flash tier, and links that take time.
 
-A put is carried out when its blocks have been computed; they go to memory, and are written behind to flash.
+A put begins when its blocks have been computed; pulled, they are in memory, and are written behind to flash.
 What leaves memory is found on flash. A hit on flash is read, sent, and kept in memory. Nodes are taken
 together: their sizes and bandwidths add up, and blocks spread evenly.
 """
@@ -8,6 +8,7 @@ together: their sizes and bandwidths add up, and blocks spread evenly.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,7 +65,8 @@ class Store:
         self.read, self.write = Link(n * setup.flash_read), Link(n * setup.flash_write)
         self.dropped = 0
         self._dirty = DIRTY_SHARE * n * setup.node_memory
-        self._coming: list[tuple[float, tuple[int, ...]]] = []  # puts under way, by the time they begin
+        self._coming: list[tuple[float, tuple[int, ...]]] = []  # puts that begin later: a heap, by when
+        self._pulled: deque[tuple[float, list[int]]] = deque()  # by the time at which they are whole
 
     def put(self, ids: tuple[int, ...], at: float) -> None:
         """Keeps blocks that are complete at some later time."""
@@ -76,23 +78,27 @@ class Store:
         """Carries out what has come by ``now``."""
         while self._coming and self._coming[0][0] <= now:
             at, ids = heapq.heappop(self._coming)
-            self._keep(ids, at)
+            self._pull(ids, at)
+        while self._pulled and self._pulled[0][0] <= now:
+            self._keep(self._pulled.popleft()[1])
 
-    def _keep(self, ids: tuple[int, ...], at: float) -> None:
-        size = self._setup.block_bytes
-        new = []
-        for id in ids:
-            if id in self.memory:
-                self.memory.touch(id)
-            elif id not in self.flash:
-                new.append(id)
-        if self.flash.capacity and (self.write.free - at) * self.write.bandwidth > self._dirty:
-            self.dropped += len(new)  # flash is behind by as much as may be dirty
+    def _pull(self, ids: tuple[int, ...], at: float) -> None:
+        """Begins to pull what is not held. All of a put is dropped if it would come too late, or if flash is
+        behind by as much as may be dirty."""
+        new = [id for id in ids if id not in self.memory and id not in self.flash]
+        nbytes = len(new) * self._setup.block_bytes
+        late = self.into.ends(at, nbytes) > at + self._setup.deadline
+        behind = (self.write.free - at) * self.write.bandwidth > self._dirty
+        if not self._instant and (late or (self.flash.capacity and behind)):
+            self.dropped += len(new)
             return
-        self.into.send(at, len(new) * size)
+        done = self.into.send(at, nbytes)
         if self.flash.capacity:
-            self.write.send(at, len(new) * size)
-        for id in reversed(new):  # of blocks put together, those at the end go first
+            self.write.send(at, nbytes)
+        self._pulled.append((at if self._instant else done, new))
+
+    def _keep(self, ids: list[int]) -> None:
+        for id in reversed(ids):  # of blocks put together, those at the end go first
             self.memory.add(id)
             if self.flash.capacity:
                 self.flash.add(id)
