@@ -4,6 +4,8 @@
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck disable=SC2034
 venv=$repo/.venv
+# shellcheck disable=SC2034
+engines=$repo/.venv-engines
 cache=${MEMKV_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/memkv}
 me=$(basename "$0")
 
