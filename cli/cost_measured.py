@@ -85,9 +85,10 @@ def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
     slope = float(np.sum(x / t) / np.sum((x / t) ** 2))  # through zero
     start = 0.0
     if len(np.unique(x)) > 1:
-        (a, b), *_ = np.linalg.lstsq(np.stack([1 / t, x / t], axis=1), np.ones(len(t)), rcond=None)
+        columns = np.stack([1 / t, x / x.max() / t], axis=1)  # of like size: seconds and seconds
+        (a, b), *_ = np.linalg.lstsq(columns, np.ones(len(t)), rcond=None)
         if a > 0 and b > 0:
-            start, slope = float(a), float(b)
+            start, slope = float(a), float(b / x.max())
     return Line(start, 1 / slope)
 
 

@@ -218,6 +218,7 @@ class _Simulation:
             left=self._prefill + self._decode - prefill - decoded,
         )
         if (store := self._store) is not None:
+            store.settle(until)
             links = {"wire_out": store.out, "wire_in": store.into}
             links |= {"flash_read": store.read, "flash_write": store.write}
             result.links = {name: link.busy(until) for name, link in links.items()}
