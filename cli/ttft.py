@@ -31,7 +31,7 @@ from .ttft_shapes import Shape, find
 from .ttft_worker import Computed, Job, Restored, work
 
 SECONDS = 3600.0  # for one answer of a process
-TOKENS = {"tiny": (256, 512)}  # what is measured unless --tokens says so
+TOKENS = {"tiny": (128, 512)}  # what is measured unless --tokens says so
 OTHER_TOKENS = (512, 1024, 2048)
 CHUNKS = {"numpy": 256, "torch": 256, "cuda": 2048}
 WAYS = ("memory", "flash")
@@ -331,26 +331,28 @@ def lines(results: Sequence[Result], tolerance: float) -> list[str]:
 
 def _rows(result: Result, shape: Shape, dtype_bytes: int, settings: Settings) -> list[Row]:
     base = _p(result.recompute.seconds, 50)
-    first = Row(what="recompute", times_us=np.array(result.recompute.seconds) * 1e6, errors=result.kept_less)
+    prompt = f"{result.tokens} tokens"
+    first = Row(what=f"{prompt}, recompute", errors=result.kept_less, note=result.problem)
+    first.given_us = _microseconds(result.recompute.seconds)
     first.extra = {
-        "tokens": result.tokens,
         "gflop_per_s": shape.prefill_flops(result.tokens) / base / 1e9,
         "put_ms": _p(result.put_seconds, 50) * 1e3,
     }
-    first.note = result.problem
     rows = [first]
     for name, way in result.ways.items():
-        row = Row(what=name, times_us=np.array(way.seconds) * 1e6, hits=way.hits)
-        row.misses = way.missed
+        row = Row(what=f"{prompt}, {name}", hits=way.hits, misses=way.missed, note=way.problem)
+        row.given_us = _microseconds(way.seconds)
         row.errors = way.missed + (not right(way, settings.tolerance))
-        row.ratio = base / _p(way.seconds, 50)
-        row.extra = {"tokens": result.tokens, "hit_tokens": int(min(way.hit_tokens))}
+        row.extra = {"faster": base / _p(way.seconds, 50), "hit_tokens": min(way.hit_tokens)}
         row.extra |= {f"{part}_ms": _p(times, 50) * 1e3 for part, times in way.parts.items()}
         row.extra |= {"MB": shape.kv_bytes(min(way.hit_tokens), dtype_bytes) / 1e6}
         row.extra |= {"max_abs_diff": way.worst}
-        row.note = way.problem
         rows.append(row)
     return rows
+
+
+def _microseconds(seconds: Sequence[float]) -> dict[str, float | None]:
+    return {"p50_us": _p(seconds, 50) * 1e6, "p99_us": _p(seconds, 99) * 1e6}
 
 
 def report(

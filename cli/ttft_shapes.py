@@ -118,7 +118,7 @@ SHAPES: Mapping[str, Shape] = {
         # Small enough for a processor that is emulated, at a few thousand operations for a byte of KV.
         Shape(
             name="tiny",
-            layers=3,
+            layers=2,
             hidden=256,
             heads=8,
             kv_heads=2,
