@@ -20,6 +20,7 @@ fetched.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -148,7 +149,9 @@ class NumpyModel:
 
     def describe(self) -> str:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return f"NumPy {np.__version__}, {blas.get('name', 'no BLAS')} {blas.get('version', '')}, float32"
+        name = f"{blas.get('name', 'no BLAS')} {blas.get('version', '')}"
+        threads = os.environ.get("OPENBLAS_NUM_THREADS") or "as many as it likes"
+        return f"NumPy {np.__version__}, {name}, threads: {threads}, float32"
 
     def forget(self) -> None:
         """Spoils all pages: what is not computed or fetched anew shows in the logits."""

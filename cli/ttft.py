@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +36,15 @@ TOKENS = {"tiny": (128, 512)}  # what is measured unless --tokens says so
 OTHER_TOKENS = (512, 1024, 2048)
 CHUNKS = {"numpy": 256, "torch": 256, "cuda": 2048}
 WAYS = ("memory", "flash")
+THREADS = {"tiny": 1}  # of its small products, several threads mostly wait for one another
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The command's options; ``tokens`` empty, ``layers`` and ``chunk`` None, ``memory`` 0: what is usual."""
+    """The command's options. ``tokens`` empty, ``memory`` 0, ``layers``, ``chunk`` and ``threads`` None: what is
+    usual.
+    """
 
     wish: Wish
     model: str = "tiny"
@@ -51,6 +56,7 @@ class Settings:
     repeat: int = 3
     seed: int = 1
     tolerance: float = 0.0
+    threads: int | None = None
     flash: str = ""
     force: bool = False
     memory: int = 0
@@ -166,7 +172,9 @@ def measure(settings: Settings) -> tuple[dict[str, Any], Shape, int, list[Result
         salt=secrets.token_hex(8),
         durability="flash" if settings.flash else "memory",
     )
-    with Steps((2 + bool(settings.flash)) * len(lengths) * settings.repeat) as steps:
+    steps_due = (2 + bool(settings.flash)) * len(lengths) * settings.repeat
+    threads = settings.threads or THREADS.get(shape.name, 0)
+    with Steps(steps_due) as steps, _threads(threads):
         bench = _Ttft(settings, job, lengths, steps)
         try:
             bench.run()
@@ -178,6 +186,22 @@ def measure(settings: Settings) -> tuple[dict[str, Any], Shape, int, list[Result
         "prompts": f"{settings.repeat} of each length, in blocks of {block} tokens, computed {chunk} at once",
     }
     return head, shape, bench.dtype_bytes, bench.results
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes that are started meanwhile compute with so many threads; 0: with as many as they like."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    if count:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _Ttft:

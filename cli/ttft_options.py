@@ -42,6 +42,9 @@ ttft_options = _stack(
     click.option("--repeat", type=click.IntRange(1), default=3, help="Prompts of each length. [3]"),
     click.option("--seed", type=click.IntRange(0), default=1, help="Of weights and prompts. [1]"),
     click.option(
+        "--threads", type=click.IntRange(1), help="Of the CPU's arithmetic. [tiny: 1; else its own choice]"
+    ),
+    click.option(
         "--tolerance",
         type=click.FloatRange(0),
         default=0.0,

@@ -317,6 +317,7 @@ def test_the_command_as_json(fabric_name: str) -> None:
     assert found["model"]["dtype_bytes"] == 4
     assert found["flops_per_second"] > 0
     assert found["heading"]["fabric"] == fabric_name
+    assert "threads: 1," in found["heading"]["backend"]
     assert [row["tokens"] for row in found["rows"]] == [40, 100]
     for row, hit in zip(found["rows"], (32, 96), strict=True):
         assert (row["hit_tokens"], row["blocks"]) == (hit, hit // 16)
