@@ -8,6 +8,7 @@ A job is one call of the peer, whatever its number of blocks and pieces.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -29,6 +30,7 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
+from ..batches import as_keys
 from ..buffers import Buffer, Slices
 from ..keys import KEY_BYTES, TAG_BYTES, Keys
 from ..peer import Peer
@@ -60,6 +62,7 @@ class Job:
     is_load: bool
     blocks: npt.NDArray[np.int64]  # of the GPU, one for each of the job's digests
     places: npt.NDArray[np.int64]  # of each key of the batch, in the job's digests
+    keys: Keys  # of the blocks: those of their last pieces
     nbytes: int
     started: float
 
@@ -134,6 +137,7 @@ class MemKVWorker(OffloadingWorker):
                 *(buffer.put_rung.name, buffer.put_rung.reason),
             )
         self._results: deque[MemKVResult] = deque()
+        self._torn: deque[npt.NDArray[np.uint8]] = deque()  # keys of blocks of which a piece is gone
         self._under_way: set[int] = set()
         self._changed = threading.Condition()
 
@@ -154,7 +158,8 @@ class MemKVWorker(OffloadingWorker):
         assert isinstance(ours, MemKVBlocks)
         count = len(ours.digests)
         blocks = np.asarray(gpu.block_ids, np.int64)
-        job = Job(job_id, ours.number, is_load, blocks, np.empty(0, np.int64), 0, time.monotonic())
+        none = np.empty(0, np.int64)
+        job = Job(job_id, ours.number, is_load, blocks, none, as_keys([]), 0, time.monotonic())
         with self._changed:
             self._under_way.add(job_id)
         try:
@@ -184,7 +189,7 @@ class MemKVWorker(OffloadingWorker):
 
     def _batch(self, job: Job, digests: list[bytes], group_sizes: Sequence[int]) -> tuple[Keys, Slices]:
         """Keys and slices of all pieces of a job's blocks; where each belongs is noted in the job."""
-        block_keys = self._identity.keys(digests)
+        job.keys = block_keys = self._identity.keys(digests)
         keys: list[Any] = [block_keys[:0]]
         slices: list[Any] = []
         places: list[Any] = [job.places]
@@ -211,6 +216,9 @@ class MemKVWorker(OffloadingWorker):
             if not job.is_load:
                 good = (ticket.status == Status.STORED) | (ticket.status == Status.EXISTS)
             failed = np.unique(job.places[~good])
+            if job.is_load:
+                gone = (ticket.status == Status.MISS) | (ticket.status == Status.CORRUPT)
+                self._torn.extend(job.keys[np.unique(job.places[gone])])
         result = MemKVResult(
             job_id=job.id,
             success=not len(failed),
@@ -229,7 +237,17 @@ class MemKVWorker(OffloadingWorker):
         out: list[TransferResult] = []
         while self._results:
             out.append(self._results.popleft())
+        torn = [self._torn.popleft() for _ in range(len(self._torn))]
+        if torn:
+            self._forget(np.stack(torn))
         return out
+
+    def _forget(self, keys: Keys) -> None:
+        """Deletes the last pieces of blocks that have lost another: a lookup would find them for ever, and
+        every load fail.
+        """
+        with contextlib.suppress(MemKVError):
+            self._peer.submit_delete(keys, then=lambda ticket: None)
 
     def wait(self, job_ids: set[int]) -> None:
         """Until these are done, well or not: until their deadlines at most."""
