@@ -42,9 +42,7 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The command's options. ``tokens`` empty, ``memory`` 0, ``layers``, ``chunk`` and ``threads`` None: what is
-    usual.
-    """
+    """The command's options. Empty ``tokens``, no ``memory``, None: what is usual."""
 
     wish: Wish
     model: str = "tiny"
