@@ -39,10 +39,12 @@ KEPT_SECONDS = 60.0  # and for how long: then they are offered to the nodes agai
 class MemKVBlocks(LoadStoreSpec):
     """The memkv side of a job, sent to the workers.
 
-    :param number: of the job, for :meth:`MemKVManager.failed`. :param digests: of its blocks, in the order of
-        the GPU blocks on its other side.
+    :param namespace: the scheduler's, which has to be the worker's. :param number: of the job, for
+        :meth:`MemKVManager.failed`. :param digests: of its blocks, in the order of the GPU blocks on its
+        other side.
     """
 
+    namespace: str
     number: int
     digests: list[bytes]
 
@@ -94,7 +96,7 @@ class MemKVManager(OffloadingManager):
     def _job(self, keys: list[OffloadKey]) -> MemKVBlocks:
         number = next(self._numbers)
         self._jobs[number] = keys
-        return MemKVBlocks(number, self._digests(keys))
+        return MemKVBlocks(self._peer.namespace, number, self._digests(keys))
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
         blocks = self._job(list(keys))

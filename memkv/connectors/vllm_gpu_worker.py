@@ -163,6 +163,10 @@ class MemKVWorker(OffloadingWorker):
         with self._changed:
             self._under_way.add(job_id)
         try:
+            if ours.namespace != self._peer.namespace:
+                raise LocalError(
+                    f"vLLM's scheduler has blocks of {ours.namespace}, this worker of {self._peer.namespace}"
+                )
             if len(blocks) != count:
                 raise LocalError(f"{len(blocks)} GPU blocks for {count} blocks", "blocks_per_chunk: 1")
             keys, slices = self._batch(job, ours.digests, gpu.group_sizes)

@@ -21,6 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole  # isort: skip
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key  # isort: skip
 
+from memkv.connectors import vllm_plugin  # isort: skip
+from memkv.connectors.vllm_gpu import MemKVConnector  # isort: skip
 from memkv.connectors.vllm_gpu_worker import piece_key  # isort: skip
 
 pytest_plugins = "tests.nodes"
@@ -358,7 +360,23 @@ def test_many_requests_on_a_node_that_evicts(
     assert stats["evictions"]
 
 
+def test_a_scheduler_that_means_other_blocks_gets_none(node: NodeThread, start_engine: StartEngine) -> None:
+    first, second = start_engine(node), start_engine(node)
+    first.run(first.add(prompt()))
+    first.settle()
+    worker = second.workers[0].connector.connector_worker.worker
+    worker._peer.namespace += "x"
+    assert second.run(second.add(prompt())) == 0
+
+
 # --- what is refused ---
+
+
+def test_the_plug_in_makes_the_name_known(configure: Callable[..., Any], node: NodeThread) -> None:
+    vllm_plugin.register()
+    vllm_plugin.register()
+    config = configure(node, transfer={"kv_connector_module_path": None})
+    assert KVConnectorFactory.get_connector_class(config.kv_transfer_config) is MemKVConnector
 
 
 @pytest.mark.parametrize(
