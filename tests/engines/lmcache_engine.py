@@ -114,7 +114,9 @@ class Host:
 
     def retrieve(self, tokens: list[int], dtype: Any = torch.bfloat16) -> tuple[int, torch.Tensor]:
         """(how many tokens were retrieved, the KV cache)."""
-        kv = kv_of(len(tokens), dtype=dtype)
+        return self.retrieve_into(tokens, kv_of(len(tokens), dtype=dtype))
+
+    def retrieve_into(self, tokens: list[int], kv: torch.Tensor) -> tuple[int, torch.Tensor]:
         mask = self.engine.retrieve(tokens, kvcaches=kv)
         n = int(mask.sum())
         assert mask[:n].all()
