@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from memkv.store.node import NodeThread
 
-from ..nodes import MIB, StartNode
+from ..nodes import MIB, NodeProcess, StartNode
 
 pytest_plugins = "tests.nodes"
 
@@ -170,6 +171,21 @@ def test_a_kv_pool_without_memory_leaves_it_to_the_others(node: NodeThread) -> N
         kept = PoolTransfer(PoolName.DEEPSEEK_V4_C4, host.slots(side, [0, 1]), keys=keys[:2])
         assert storage.batch_set_v2([kept]) == {PoolName.DEEPSEEK_V4_C4: [True] * 2}
         assert storage.batch_exists_v2(keys, want).kv_hit_pages == 2
+
+
+def test_a_dead_nodes_side_pools_hold_nothing(start_process: Callable[..., NodeProcess]) -> None:
+    node = start_process(memory=16 * MIB)
+    anchor, side = LogicalHostPool(128, host.PAGE), host.mha_pool()
+    keys, where = host.hashes(2), host.slots(side, [0, 1])
+    with host.backend(node, anchor, settings={"get_timeout": 0.5, "put_timeout": 0.5}) as storage:
+        storage.register_mem_host_pool_v2(side, PoolName.DEEPSEEK_V4_C4)
+        there = PoolTransfer(PoolName.DEEPSEEK_V4_C4, where, keys=keys)
+        assert storage.batch_set_v2([there]) == {there.name: [True] * 2}
+        assert storage.batch_exists_v2(keys, [there]).kv_hit_pages == 2
+        node.kill()
+        assert storage.batch_exists_v2(keys, [there]).kv_hit_pages == 0
+        assert storage.batch_get_v2([there]) == {there.name: [False] * 2}
+        assert storage.batch_set_v2([there]) == {there.name: [False] * 2}
 
 
 # --- tensors, by a copy ---
