@@ -12,7 +12,7 @@ from .. import __version__
 from ._group import OneLineGroup
 from .bench_options import arena, loading, options, reaching, sizes, wish
 from .bench_options import size as a_size
-from .cost_options import costing, take
+from .cost_options import CostCommand, costing, take
 from .report import Row, print_result
 from .ttft_options import ttft_options
 
@@ -99,7 +99,7 @@ def latency(size: int, calls: int, rounds: int, cpu_seconds: float, as_json: boo
     return _finish(*run(wish(flags), memory.arena, size, calls, rounds, cpu_seconds), as_json=as_json)
 
 
-@main.command()
+@main.command(cls=CostCommand)
 @reaching
 @click.option(
     "--trace", "file", type=click.Path(path_type=Path), help="Mooncake's JSON lines. [a generated trace]"

@@ -52,7 +52,11 @@ def _loads(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 
 _NUMBERS: tuple[tuple[str, Any, str], ...] = (
     ("--gpus", click.IntRange(1, 1024), "GPUs of a replica. [8; 1 with --measured]"),
-    ("--replicas", click.IntRange(1, MOST_REPLICAS), "Of the model. [so many that none is busy above 0.8]"),
+    (
+        "--replicas",
+        click.IntRange(1, MOST_REPLICAS),
+        "Of the model. [so many that 0.8 of their time is enough without reuse]",
+    ),
     ("--mfu", _SHARE, "Share of peak FLOP/s in prefill. [0.5]"),
     ("--gpu-price", click.FloatRange(0), "Dollars an hour. [the GPU's]"),
     ("--decode-batch", click.IntRange(1), "Sequences of a step. [32]"),
@@ -73,40 +77,64 @@ _NUMBERS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+class CostOption(click.Option):
+    """A flag of the cost model: --help shows them apart."""
+
+
+class CostCommand(click.Command):
+    """A command with flags of the cost model beside its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Costs (docs/costs.md)": []}
+        own, costs = sections.values()
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                (costs if isinstance(param, CostOption) else own).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _option(*names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=CostOption, **settings)
+
+
 def costing(function: F) -> F:
     """A decorator: the cost model's flags."""
     options = [
-        click.option("--cost", is_flag=True, help="Costs: what the hits are worth, by a model."),
-        click.option("--model-only", is_flag=True, help="Costs: the model alone, no byte is moved."),
-        click.option(
-            "--plot", type=click.Path(path_type=Path), metavar="FILE.svg|.png", help="Costs: a plot."
+        _option("--cost", is_flag=True, help="What the hits are worth, by a model."),
+        _option("--model-only", is_flag=True, help="The model alone: no byte is moved."),
+        _option(
+            "--plot",
+            type=click.Path(path_type=Path),
+            metavar="FILE.svg|.png",
+            help="Draws first tokens, utilisation and cost.",
         ),
-        click.option("--model", help="Costs: llama-3-8b, llama-3-70b, or a config.json. [llama-3-70b]"),
-        click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", help="Costs: [h100]"),
+        _option("--model", help="llama-3-8b, llama-3-70b, or a config.json. [llama-3-70b]"),
+        _option("--gpu", type=click.Choice(list(GPUS)), default="h100", help="Peak, HBM and price. [h100]"),
         *(_number(*line) for line in _NUMBERS),
-        click.option(
-            "--policy", type=click.Choice(["sieve", "lru"]), default="sieve", help="Costs: memkv's. [sieve]"
+        _option(
+            "--policy",
+            type=click.Choice(["sieve", "lru"]),
+            default="sieve",
+            help="Of memkv's memory and flash. [sieve]",
         ),
-        click.option(
+        _option(
             "--routing",
             type=click.Choice(["ttft", "round-robin"]),
             default="ttft",
-            help="Costs: to the replica that is to answer first, or in turn. [ttft]",
+            help="To the replica that is to answer first, or in turn. [ttft]",
         ),
-        click.option(
+        _option(
             "--loads",
             callback=_loads,
             metavar="X,…",
             default=",".join(f"{load:g}" for load in LOADS),
-            help="Costs: times the trace's rate.",
+            help="Times the trace's rate that are tried. [0.25 to 2.5]",
         ),
-        click.option(
-            "--measured", type=click.Path(path_type=Path), help="Costs: what memkv-bench ttft --json printed."
-        ),
-        click.option(
-            "--hits", type=click.Path(path_type=Path), help="Costs: what replay --cost --json printed before."
-        ),
-        click.option("--sensitivity", is_flag=True, help="Costs: each assumption halved and doubled."),
+        _option("--measured", type=click.Path(path_type=Path), help="What memkv-bench ttft --json printed."),
+        _option("--hits", type=click.Path(path_type=Path), help="What replay --cost --json printed."),
+        _option("--sensitivity", is_flag=True, help="Each assumption halved and doubled."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -115,8 +143,8 @@ def costing(function: F) -> F:
 
 def _number(name: str, kind: Any, text: str) -> Callable[[F], F]:
     if kind is size:
-        return click.option(name, callback=_size_or_0, metavar="SIZE", help=f"Costs: {text}")
-    return click.option(name, type=kind, help=f"Costs: {text}")
+        return _option(name, callback=_size_or_0, metavar="SIZE", help=text)
+    return _option(name, type=kind, help=text)
 
 
 def _size_or_0(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
