@@ -70,7 +70,7 @@ def mha_pool(
     return _host(get_mha_host_pool_cls(info), info, page, layout, device)
 
 
-def mla_pool(layout: str = "page_first", *, page: int = PAGE, layers: int = 3) -> Any:
+def mla_pool(layout: str = "page_first", *, page: int = PAGE, layers: int = 3, **more: Any) -> Any:
     """The host pool of latents."""
     device = MLATokenToKVPool(
         size=TOKENS,
@@ -83,7 +83,7 @@ def mla_pool(layout: str = "page_first", *, page: int = PAGE, layers: int = 3) -
         enable_memory_saver=False,
     )
     info = device.get_device_pool_infos()[0].buffer_info
-    return _host(MLATokenToKVPoolHost, info, page, layout, device, target_layer_num=layers)
+    return _host(MLATokenToKVPoolHost, info, page, layout, device, target_layer_num=layers, **more)
 
 
 def _host(cls: Any, info: Any, page: int, layout: str, device: Any, **more: Any) -> Any:

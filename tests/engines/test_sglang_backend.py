@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memkv.store.node import NodeThread
 
-from ..nodes import MIB, NodeProcess, StartNode, stats_of, until
+from ..nodes import MIB, REPOSITORY, NodeProcess, StartNode, address_of, stats_of, until
 
 pytest_plugins = "tests.nodes"
 
@@ -21,6 +23,8 @@ host = pytest.importorskip(
 )
 
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+from sglang.srt.mem_cache.storage import StorageBackendFactory
 
 from memkv.connectors.sglang import MemKVHiCacheStorage
 from memkv.connectors.sglang_identity import CONFIGURED
@@ -263,6 +267,27 @@ def test_mistakes_are_told(node: NodeThread) -> None:
             storage.clear()
 
 
+def test_pools_that_are_not_a_ranks_own_are_refused(node: NodeThread) -> None:
+    """SGLang resolves their slots by itself, or spreads their pages over ranks."""
+    shared, spread = host.mha_pool(), host.mla_pool(dcp_size=2)
+    shared.shared_allocation_domain = object()
+    for pool in (shared, spread):
+        with pytest.raises(LocalError, match="--dcp-size"), host.backend(node, pool):
+            pass
+    elsewhere = host.mla_pool()
+    elsewhere.kv_buffer = None  # as on a rank that has the first rank's pages
+    with pytest.raises(LocalError, match="--hicache-storage-backend"), host.backend(node, elsewhere):
+        pass
+
+
+def test_a_side_pool_in_a_layout_without_whole_pages_is_refused(node: NodeThread) -> None:
+    kv, side = host.mha_pool(), host.mha_pool("page_unified")
+    with host.backend(node, kv) as storage:
+        with pytest.raises(LocalError, match="--hicache-mem-layout page_first"):
+            storage.register_mem_host_pool_v2(side, PoolName.SWA)
+        assert storage.batch_set_v1(host.hashes(1), host.slots(kv, [0])) == [True]
+
+
 def test_settings_of_sglang_are_left_alone(node: NodeThread) -> None:
     from memkv.connectors.sglang import SGLANG
 
@@ -270,6 +295,25 @@ def test_settings_of_sglang_are_left_alone(node: NodeThread) -> None:
     made = MemKVHiCacheStorage(host.storage_config(extra), {})
     assert made.zero_copy
     assert made.settings.nodes == (extra["nodes"],)
+
+
+def test_what_the_manual_says_to_paste_works(node: NodeThread, tmp_path: Path) -> None:
+    manual = (REPOSITORY / "docs/engines/sglang.md").read_text()
+    pasted = re.search(r"```json\n(.*?)```", manual, re.DOTALL)
+    assert pasted
+    secret = tmp_path / "secret"
+    secret.write_text("")
+    text = pasted[1].replace("10.0.0.7:7420,10.0.0.8:7420", address_of(node))
+    extra = HybridCacheController.parse_storage_backend_extra_config(
+        text.replace("/etc/memkv/secret", str(secret))
+    )[0]
+    pool = host.mha_pool()
+    made = StorageBackendFactory.create_backend("dynamic", host.storage_config(extra), pool)
+    assert made.zero_copy
+    made.register_mem_pool_host(pool)
+    assert made.batch_set_v1(host.hashes(1), host.slots(pool, [0])) == [True]
+    made.close()
+    made.close()
 
 
 def test_figures_are_given_once(node: NodeThread) -> None:
