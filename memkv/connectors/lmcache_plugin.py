@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -73,6 +74,12 @@ class MemKVStorageBackend(StoragePluginInterface):
         self._unpinning: list[CacheEngineKey] = []
         self._warned = False
         self._closed = False
+        if config.pre_caching_hash_algorithm == "builtin" and "PYTHONHASHSEED" not in os.environ:
+            log.warning(
+                "LMCache hashes tokens with Python's own hash, and PYTHONHASHSEED is not set: no other "
+                "process will find what this one stores. Set it to the same number everywhere, and "
+                "pre_caching_hash_algorithm to sha256_cbor"
+            )
         if local_cpu_backend is not None:
             self._close_before(local_cpu_backend)
 

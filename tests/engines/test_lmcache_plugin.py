@@ -216,32 +216,46 @@ def test_tags_of_requests_tell_chunks_apart(host: Start) -> None:
     assert other.engine.lookup(tokens) == 0
 
 
-@pytest.mark.slow  # a minute: each process imports vLLM
-def test_processes_agree_on_keys_if_their_hash_seeds_do() -> None:
-    """LMCache's hashes start from vLLM's NONE_HASH, which is random unless PYTHONHASHSEED is set."""
+@pytest.mark.slow  # a minute or two: four processes import vLLM
+def test_processes_agree_on_keys_if_their_hashes_do() -> None:
+    """LMCache's chain of hashes starts from vLLM's, which Python's own hash makes a random one."""
+    pytest.importorskip("vllm", reason="vllm is not installed: script/test --engines brings it")
     program = """
 from tests.engines.lmcache_engine import METADATA, config_of, tokens_of
 from lmcache.v1.token_database import ChunkedTokenDatabase
 from memkv.connectors.lmcache_keys import engine_digest
-config = config_of(("127.0.0.1", 1), "tcp")
-database = ChunkedTokenDatabase(config, METADATA)
-print("digests", *(engine_digest(key).hex() for _, _, key in database.process_tokens(tokens_of(32))))
+for algorithm in ("builtin", "sha256_cbor"):
+    config = config_of(("127.0.0.1", 1), "tcp", pre_caching_hash_algorithm=algorithm)
+    database = ChunkedTokenDatabase(config, METADATA)
+    print("digests", *(engine_digest(key).hex() for _, _, key in database.process_tokens(tokens_of(32))))
 """
-    pytest.importorskip("vllm", reason="vllm is not installed: script/test --engines brings it")
 
-    def run(seed: str | None) -> str:
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
-        environment |= {"PYTHONHASHSEED": seed} if seed else {}
+    def run(**seed: str) -> list[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"} | seed
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("digests")]
-        assert lines, done.stderr
-        return lines[0]
+        assert len(lines) == 2, done.stderr
+        return lines
 
-    zero = run("0")
-    assert run("0") == zero
-    assert run(None) != zero
+    assert run(PYTHONHASHSEED="0") == run(PYTHONHASHSEED="0")
+    one, other = run(), run()
+    assert one[0] != other[0]
+    assert one[1] == other[1]
+
+
+def test_it_says_that_nobody_will_find_its_chunks(
+    host: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    host()
+    assert "PYTHONHASHSEED is not set" not in caplog.text
+    monkeypatch.delenv("PYTHONHASHSEED")
+    host(options={"pre_caching_hash_algorithm": "sha256_cbor"})
+    assert "PYTHONHASHSEED is not set" not in caplog.text
+    host()
+    assert "PYTHONHASHSEED is not set" in caplog.text
 
 
 def test_a_block_of_a_length_that_no_chunk_has_is_a_miss(host: Start) -> None:
