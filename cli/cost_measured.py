@@ -32,24 +32,39 @@ class _Model(msgspec.Struct):
     head_dim: int
     vocab: int
     dtype_bytes: int
+    of_layers: int = 0
 
 
 class _Seconds(msgspec.Struct):
     p50: float
 
 
+class _Parts(msgspec.Struct):
+    match: _Seconds
+    get: _Seconds
+
+
 class _Row(msgspec.Struct):
     tokens: int
+    bytes: int
     recompute_seconds: _Seconds
     memory_seconds: _Seconds
-    bytes: int
+    memory_parts_seconds: _Parts | None = None
     flash_seconds: _Seconds | None = None
+    flash_parts_seconds: _Parts | None = None
+
+    def loading(self, tier: str) -> float | None:
+        """Seconds until the blocks are there: of match and get where they are told apart, else of all."""
+        whole: _Seconds | None = getattr(self, f"{tier}_seconds")
+        parts: _Parts | None = getattr(self, f"{tier}_parts_seconds")
+        if parts is not None:
+            return parts.match.p50 + parts.get.p50
+        return None if whole is None else whole.p50
 
 
 class _Ttft(msgspec.Struct):
     model: _Model
     rows: list[_Row]
-    flops_per_second: float | None = None
 
 
 class _Replay(msgspec.Struct):
@@ -76,7 +91,6 @@ class Measured:
     prefill: Line
     memory: Line
     flash: Line | None
-    peak: float | None  # FLOP/s of the device, as measured
 
 
 def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
@@ -96,20 +110,25 @@ def load(path: Path) -> Measured:
     """What a run of ``memkv-bench ttft --json`` wrote. LocalError says what is missing."""
     knob = "--measured takes what memkv-bench ttft --json printed"
     doc = _read(path, _Ttft, knob)
-    figures = [(row.tokens, row.bytes, row.recompute_seconds.p50, row.memory_seconds.p50) for row in doc.rows]
-    figures += [(row.tokens, row.bytes, row.flash_seconds.p50, 1.0) for row in doc.rows if row.flash_seconds]
-    if not doc.rows or min(n for line in figures for n in line) <= 0:
-        raise LocalError(f"{path}: no rows, or one that is not above zero", knob)
-    shape = Shape(**{name: getattr(doc.model, name) for name in doc.model.__struct_fields__})
-    rows = doc.rows
-    staged = [(row.bytes, row.flash_seconds.p50) for row in rows if row.flash_seconds is not None]
-    return Measured(
-        shape,
-        fit([shape.prefill_flops(row.tokens) for row in rows], [row.recompute_seconds.p50 for row in rows]),
-        fit([row.bytes for row in rows], [row.memory_seconds.p50 for row in rows]),
-        fit([nbytes for nbytes, _ in staged], [t for _, t in staged]) if staged else None,
-        doc.flops_per_second,
-    )
+    fields = {name: getattr(doc.model, name) for name in doc.model.__struct_fields__ if name != "of_layers"}
+    if doc.model.of_layers > doc.model.layers:
+        fields["name"] += f", {doc.model.layers} of its {doc.model.of_layers} layers"
+    shape = Shape(**fields)
+
+    def line(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
+        if not amounts or min(*amounts, *seconds) <= 0:
+            raise LocalError(f"{path}: no rows, or a figure that is not above zero", knob)
+        return fit(amounts, seconds)
+
+    def loading(tier: str) -> Line | None:
+        times = [(float(row.bytes), t) for row in doc.rows if (t := row.loading(tier)) is not None]
+        return line([nbytes for nbytes, _ in times], [t for _, t in times]) if times else None
+
+    flops = [shape.prefill_flops(row.tokens) for row in doc.rows]
+    prefill = line(flops, [row.recompute_seconds.p50 for row in doc.rows])
+    memory = loading("memory")
+    assert memory is not None  # every row has it
+    return Measured(shape, prefill, memory, loading("flash"))
 
 
 def load_held(path: Path, requests: int) -> list[int]:

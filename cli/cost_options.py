@@ -209,17 +209,12 @@ def setup_of(options: CostOptions, work: Work) -> Setup:
 
 
 def _as_measured(setup: Setup, measured: cost_measured.Measured, name: str) -> Setup:
-    gpu, flash = setup.gpu, measured.flash
-    said = f"measured: {name}"
+    flash, said = measured.flash, f"measured: {name}"
     sources = dict.fromkeys(("prefill_rate", "prefill_overhead", "wire", "lookup"), said)
-    if measured.peak:
-        gpu = replace(gpu, flops=measured.peak)
-        sources["gpu_flops"] = said
-    sources["mfu"] = f"{said}: rate / peak"
+    sources["mfu"] = f"{said}, by the peak of --gpu"
     setup = replace(
         setup,
-        gpu=gpu,
-        mfu=measured.prefill.rate / gpu.flops,
+        mfu=measured.prefill.rate / setup.gpu.flops,
         prefill_rate=setup.gpus * measured.prefill.rate,
         prefill_overhead=measured.prefill.start,
         wire=measured.memory.rate,
@@ -227,9 +222,8 @@ def _as_measured(setup: Setup, measured: cost_measured.Measured, name: str) -> S
     )
     if flash:
         sources |= dict.fromkeys(("flash_read", "flash_latency"), said)
-        setup = replace(
-            setup, flash_read=flash.rate, flash_latency=max(0.0, flash.start - measured.memory.start)
-        )
+        latency = max(0.0, flash.start - measured.memory.start)
+        setup = replace(setup, flash_read=flash.rate, flash_latency=latency)
     return replace(setup, sources=sources)
 
 

@@ -133,7 +133,7 @@ class Setup:
 
     def _lines(self) -> Iterator[tuple[str, Any, str, str]]:
         s, g = self.shape, self.gpu
-        yield "model", s.name, f"{s.params / 1e9:.2f} G parameters", "--model"
+        yield "model", s.name, f"{s.params / 1e9:.4g} G parameters", "--model"
         yield "kv_bytes", s.kv_bytes, "B a token", "2 · layers · KV heads · head dim · bytes of an element"
         yield "block", self.block_bytes / 1e6, f"MB of {BLOCK_TOKENS} tokens", "the trace's blocks"
         yield "gpu", self.gpu_name, f"{self.gpus} a replica", "--gpu, --gpus"

@@ -118,14 +118,14 @@ def test_measured_figures_take_the_place_of_assumed_ones(tmp_path: Path) -> None
     said = assumed(doc)
     assert said["model"] == "tried"
     assert said["prefill_rate"] == pytest.approx(400)
-    assert said["mfu"] == pytest.approx(0.5)
+    assert said["mfu"] == pytest.approx(400 / 989)
     assert said["wire"] == pytest.approx(20)
     assert said["flash_latency"] == pytest.approx(3)
     sources = {a["name"]: a["source"] for a in doc["cost"]["assumptions"]}
     assert "ttft.json" in sources["wire"]
     over = model(*args, "--wire-gbps", "7", "--mfu", "0.4", quick=["--loads", "1"])
     assert assumed(over)["wire"] == 7
-    assert assumed(over)["prefill_rate"] == pytest.approx(0.4 * 800)
+    assert assumed(over)["prefill_rate"] == pytest.approx(0.4 * 989)
 
 
 def test_sensitivity_varies_each_assumption() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def ttft(**changes: Any) -> dict[str, Any]:
             }
         )
     model = {"name": "tried", **{name: getattr(shape, name) for name in fields}}
-    return {"heading": {}, "model": model, "rows": rows, "flops_per_second": 800e12} | changes
+    return {"heading": {}, "model": model, "rows": rows, "flops_per_second": 380e12} | changes
 
 
 def write(path: Path, doc: Any) -> Path:
@@ -51,7 +53,37 @@ def test_a_run_of_ttft_gives_rates_and_what_each_call_costs(tmp_path: Path) -> N
     assert (measured.memory.start, measured.memory.rate) == pytest.approx((0.002, 20e9))
     assert measured.flash is not None
     assert (measured.flash.start, measured.flash.rate) == pytest.approx((0.005, 5e9))
-    assert measured.peak == 800e12
+
+
+def test_what_is_loaded_does_not_count_what_is_computed_behind_it(tmp_path: Path) -> None:
+    doc = ttft()
+    for row in doc["rows"]:
+        row["memory_parts_seconds"] = {
+            "match": {"p50": 0.001},
+            "get": {"p50": row["bytes"] / 30e9},
+            "compute": {"p50": 0.1},
+        }
+    memory = cost_measured.load(write(tmp_path / "t", doc)).memory
+    assert (memory.start, memory.rate) == pytest.approx((0.001, 30e9))
+
+
+def test_a_model_with_some_of_its_layers_says_so(tmp_path: Path) -> None:
+    doc = ttft()
+    doc["model"]["of_layers"] = 80
+    assert cost_measured.load(write(tmp_path / "t", doc)).shape.name == "tried, 32 of its 80 layers"
+
+
+def test_a_real_run_of_ttft_is_understood(tmp_path: Path) -> None:
+    args = ["ttft", "--fabric", "tcp", "--backend", "numpy", "--tokens", "40,200", "--repeat", "1", "--json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "memkv.cli.bench", *args], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    measured = cost_measured.load(write(tmp_path / "t", json.loads(result.stdout)))
+    assert measured.shape.name == "tiny"
+    assert measured.prefill.rate > 0
+    assert measured.memory.rate > 0
+    assert measured.flash is None
 
 
 def test_a_run_without_flash_has_none(tmp_path: Path) -> None:
@@ -86,6 +118,7 @@ def test_a_line_never_begins_below_zero() -> None:
         (ttft(model={"name": "m"}), "layers"),
         (ttft(rows=[{"tokens": 1, "bytes": 1, "recompute_seconds": {"p50": "x"}}]), "p50"),
         (ttft(rows=[ttft()["rows"][0] | {"memory_seconds": {"p50": 0.0}}]), "above zero"),
+        (ttft(rows=[ttft()["rows"][0] | {"bytes": 0}]), "above zero"),
     ],
 )
 def test_a_file_that_is_not_such_a_run_is_refused(tmp_path: Path, doc: Any, message: str) -> None:
