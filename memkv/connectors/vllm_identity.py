@@ -1,8 +1,8 @@
 """What a vLLM block is of, from what vLLM tells offloading backends; and whether its hashes can be shared.
 
-vLLM names a block by a hash chained over its tokens, the LoRA adapter's name, images and the request's
-cache salt; all else that its bytes depend on is in the identity. Layouts have changed from one version of
-vLLM to the next without a new name, so the version, without its patch level, is part of it.
+vLLM names a block by a hash chained over its tokens, the LoRA adapter's name and path, images and the
+request's cache salt; all else that its bytes depend on is in the identity. Layouts have changed from one
+version of vLLM to the next without a new name, so the version, without its patch level, is part of it.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def model_facts(vllm_config: Any) -> dict[str, str]:
     it, not a tier.
     """
     model = vllm_config.model_config
+    drafter = vllm_config.speculative_config
     overrides = model.hf_overrides
     if callable(overrides):
         overrides = f"{overrides.__module__}.{overrides.__qualname__}"
@@ -78,6 +79,9 @@ def model_facts(vllm_config: Any) -> dict[str, str]:
         "quantization": str(model.quantization),
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "hf_overrides": json.dumps(overrides, sort_keys=True, default=str),
+        "drafter": "" if drafter is None else f"{drafter.model} {drafter.revision}",
+        "plain_layers": json.dumps(sorted(vllm_config.cache_config.kv_cache_dtype_skip_layers)),
+        "interleave": str(vllm_config.parallel_config.cp_kv_cache_interleave_size),
         "hash": vllm_config.cache_config.prefix_caching_hash_algo,
     }
 

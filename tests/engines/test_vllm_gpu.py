@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from memkv.connectors.settings import Settings
 from memkv.rdma.errors import LocalError
 from memkv.status import Status
 from memkv.store.node import NodeThread
@@ -17,8 +21,10 @@ from tests.nodes import NodeProcess, StartNode, address_of
 
 from .vllm_engine import LAYERS, PAGE, TOKENS, Engine, cache_config, model_folder, vllm_config
 
+from vllm.config import KVTransferConfig  # isort: skip
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # isort: skip
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole  # isort: skip
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory  # isort: skip
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key  # isort: skip
 
 from memkv.connectors import vllm_plugin  # isort: skip
@@ -427,3 +433,19 @@ def test_pipeline_parallelism_is_refused(node: NodeThread, configure: Callable[.
     config.parallel_config.pipeline_parallel_size = 2
     with pytest.raises(LocalError, match="pipeline"):
         KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, cache_config(16, "BLHNC"))
+
+
+def test_what_the_documentation_says_to_paste() -> None:
+    vllm_plugin.register()
+    text = (Path(__file__).parents[2] / "docs/engines/vllm.md").read_text()
+    pasted = [
+        json.loads(part) for part in re.findall(r"--kv-transfer-config '\n(\{.*?\})'\n", text, re.DOTALL)
+    ]
+    tier, gpu = (KVTransferConfig(**options) for options in pasted)
+    (entry,) = tier.kv_connector_extra_config["secondary_tiers"]
+    assert SecondaryTierFactory.get_tier_class(entry).__name__ == "MemKVTier"
+    Settings.read(entry, ignore=("type",))
+    assert KVConnectorFactory.get_connector_class(gpu) is MemKVConnector
+    Settings.read(gpu.kv_connector_extra_config)
+    for field in fields(Settings):
+        assert f"`{field.name}`" in text
