@@ -250,7 +250,7 @@ def _as_given(setup: Setup, given: dict[str, Any]) -> Setup:
     for name, value in given.items():
         field, scale = _SCALES.get(name, (name, 1))
         changes[field] = value if scale == 1 else value * scale
-        if name not in ("gpus", "replicas", "policy", "routing", "slo"):
+        if name not in ("gpus", "policy", "routing", "slo"):
             sources[field] = f"--{name.replace('_', '-')}"
     return replace(setup, **changes, sources=sources)
 

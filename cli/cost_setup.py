@@ -137,7 +137,7 @@ class Setup:
         yield "kv_bytes", s.kv_bytes, "B a token", "2 · layers · KV heads · head dim · bytes of an element"
         yield "block", self.block_bytes / 1e6, f"MB of {BLOCK_TOKENS} tokens", "the trace's blocks"
         yield "gpu", self.gpu_name, f"{self.gpus} a replica", "--gpu, --gpus"
-        yield "replicas", self.replicas, "of the model", "--replicas"
+        yield "replicas", self.replicas, "of the model", "the fewest that no reuse keeps busy for 0.8"
         yield "gpu_flops", g.flops / 1e12, "TFLOP/s a GPU", g.source
         yield "mfu", self.mfu, "of it in prefill", "assumed (--mfu)"
         yield "prefill_rate", self.rate / 1e12, "TFLOP/s a replica", "GPUs · peak · MFU"

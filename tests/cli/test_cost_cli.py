@@ -177,3 +177,9 @@ def test_hits_are_of_an_earlier_replay() -> None:
     result = invoke("--cost", "--hits", "x.json")
     assert result.exit_code == 2
     assert "--model-only" in result.stderr
+
+
+def test_the_document_names_every_assumption() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+    for name in assumed(model("--requests", "5")):
+        assert f"`{name}`" in text, name
