@@ -39,7 +39,7 @@ from ..keys import Keys, block_keys
 from ..rdma.errors import LocalError, MemKVError
 from ..status import Status, describe
 from .settings import Settings
-from .transformers_identity import cache_shape, identity, weights_digest
+from .transformers_identity import cache_shape, check, identity, weights_digest
 
 log = logging.getLogger("memkv.transformers")
 
@@ -50,6 +50,9 @@ BUFFER_BYTES = 128 << 20  # of the registered buffer: what one call moves at mos
 class PrefixStore:
     """KV caches of one model, in memkv. Calls may come from any thread; they take turns.
 
+    A store is for the model as it is when the store is made: one whose weights change, or that switches
+    adapters, needs another store.
+
     :param settings: a mapping as :class:`~memkv.connectors.settings.Settings` has it (``nodes``, …), or one
         of those; None: the environment.
     :param config: the model's. :param name: the model's; together with ``revision`` and ``fingerprint`` it
@@ -58,7 +61,9 @@ class PrefixStore:
     :param dtype: of the cache, ``torch.bfloat16`` say. :param device: where restored caches are to be.
     :param block_tokens: tokens of a block. :param buffer_bytes: of the registered buffer, at least a block.
     :param labels: whatever else KV depends on, such as an adapter that is not in the model's parameters.
-    :raises LocalError: a model whose cache is not all full attention, or a wrong setting.
+    :param text_only: the model may be given more than token ids, such as images, but is not.
+    :raises LocalError: a model whose cache is not all full attention, or whose KV does not follow from the
+        token ids before it alone; or a wrong setting.
     :raises MemKVError: no node can be reached.
     """
 
@@ -75,11 +80,13 @@ class PrefixStore:
         block_tokens: int = BLOCK_TOKENS,
         buffer_bytes: int = BUFFER_BYTES,
         labels: Mapping[str, str] | None = None,
+        text_only: bool = False,
     ) -> None:
         if not name or not fingerprint:
             raise LocalError("a model needs a name and a fingerprint of its weights", "name=, fingerprint=")
         self.settings = settings if isinstance(settings, Settings) else Settings.read(settings)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        check(config, text_only=text_only)
         self.shape = cache_shape(config)
         self.block_tokens = block_tokens
         self.block_bytes = self.shape.block_bytes(block_tokens, dtype)

@@ -42,6 +42,10 @@ NOT_OF_KV = (
 )
 
 
+# Kinds of RoPE whose angles change with the length of the sequence that is computed.
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
+
+
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """Of the KV of a token: ``layers`` times K and V of ``heads`` times ``dim`` values."""
@@ -71,6 +75,35 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return CacheShape(len(layers), heads, dim)
+
+
+def check(config: PreTrainedConfig, *, text_only: bool) -> None:
+    """Whether KV follows from the token ids before it, and from nothing else.
+
+    :raises LocalError: it does not: inputs besides token ids (``text_only`` promises that there are none), or
+        position embeddings that depend on the length of the whole prompt.
+    """
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        raise LocalError(f"{config.model_type}: its KV depends on what the encoder was given, too")
+    if text is not config and not text_only:
+        raise LocalError(
+            f"{config.model_type}: images and the like are in its KV, and not in the token ids",
+            "text_only=True if no prompt has any",
+        )
+    if longer := rope_types(text) & LENGTH_DEPENDENT:
+        raise LocalError(f"{config.model_type}: with {min(longer)} RoPE its K depend on the prompt's length")
+
+
+def rope_types(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embedding in a configuration, which may have one for each kind of layer."""
+    found: set[str] = set()
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(config, name, None)
+        for part in [given, *(given.values() if isinstance(given, dict) else ())]:
+            if isinstance(part, dict):
+                found |= {str(part[key]) for key in ("rope_type", "type") if key in part}
+    return found
 
 
 def config_digest(config: PreTrainedConfig) -> str:

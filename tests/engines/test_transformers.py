@@ -26,15 +26,17 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
+    T5Config,
 )
 
 from memkv.connectors.transformers import PrefixStore
-from memkv.connectors.transformers_identity import config_digest, weights_digest
+from memkv.connectors.transformers_identity import check, config_digest, weights_digest
 
 pytest_plugins = "tests.nodes"
 BLOCK = 16
@@ -324,6 +326,21 @@ def test_windows_are_refused() -> None:
     ):
         with pytest.raises(LocalError, match="DynamicSlidingWindowLayer"):
             PrefixStore({"nodes": "x"}, config, name="m", fingerprint="f", dtype=torch.float32)
+
+
+def test_models_whose_kv_is_not_of_the_token_ids_alone_are_refused() -> None:
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    for config, why in (
+        (LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic RoPE"),
+        (LlamaConfig(**LLAMA, rope_parameters=long | {"original_max_position_embeddings": 64}), "longrope"),
+        (T5Config(), "encoder"),
+        (LlavaConfig(text_config=LlamaConfig(**LLAMA)), "images"),
+    ):
+        with pytest.raises(LocalError, match=why):
+            PrefixStore({"nodes": "x"}, config, name="m", fingerprint="f", dtype=torch.float32)
+    check(LlavaConfig(text_config=LlamaConfig(**LLAMA)), text_only=True)
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    check(LlamaConfig(**LLAMA, rope_parameters=linear), text_only=False)
 
 
 def test_caches_of_another_kind_are_refused(open_store: Open) -> None:
