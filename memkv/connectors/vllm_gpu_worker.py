@@ -60,11 +60,14 @@ class Job:
     id: int
     number: int
     is_load: bool
-    blocks: npt.NDArray[np.int64]  # of the GPU, one for each of the job's digests
-    places: npt.NDArray[np.int64]  # of each key of the batch, in the job's digests
-    keys: Keys  # of the blocks: those of their last pieces
-    nbytes: int
+    count: int  # of its digests
+    blocks: npt.NDArray[np.int64]  # of the GPU, one for each digest
     started: float
+    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Of each key of the batch, in the digests."""
+    keys: Keys = field(default_factory=lambda: as_keys([]))
+    """Of the blocks: those of their last pieces."""
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +161,7 @@ class MemKVWorker(OffloadingWorker):
         assert isinstance(ours, MemKVBlocks)
         count = len(ours.digests)
         blocks = np.asarray(gpu.block_ids, np.int64)
-        none = np.empty(0, np.int64)
-        job = Job(job_id, ours.number, is_load, blocks, none, as_keys([]), 0, time.monotonic())
+        job = Job(job_id, ours.number, is_load, count, blocks, time.monotonic())
         with self._changed:
             self._under_way.add(job_id)
         try:
@@ -167,8 +169,11 @@ class MemKVWorker(OffloadingWorker):
                 raise LocalError(
                     f"vLLM's scheduler has blocks of {ours.namespace}, this worker of {self._peer.namespace}"
                 )
-            if len(blocks) != count:
-                raise LocalError(f"{len(blocks)} GPU blocks for {count} blocks", "blocks_per_chunk: 1")
+            if len(blocks) != count or len(gpu.group_sizes) != len(self._pieces):
+                raise LocalError(
+                    f"{len(blocks)} GPU blocks of {len(gpu.group_sizes)} groups, where {count} of "
+                    f"{len(self._pieces)} are due"
+                )
             keys, slices = self._batch(job, ours.digests, gpu.group_sizes)
             stream = None if self._device is None else torch.cuda.current_stream(self._device)
             done = partial(self._done, job)
@@ -214,23 +219,24 @@ class MemKVWorker(OffloadingWorker):
         """On the control thread, or where a job could not start. Nobody touches the caches any more."""
         if ticket.status is None:
             log.warning("a %s failed: %s", "load" if job.is_load else "store", ticket.error)
-            failed = np.arange(len(job.blocks))
+            failed, blocks = np.arange(job.count), job.blocks
         else:
             good = ticket.status == Status.HIT
             if not job.is_load:
                 good = (ticket.status == Status.STORED) | (ticket.status == Status.EXISTS)
             failed = np.unique(job.places[~good])
+            blocks = job.blocks[failed]
             if job.is_load:
                 gone = (ticket.status == Status.MISS) | (ticket.status == Status.CORRUPT)
                 self._torn.extend(job.keys[np.unique(job.places[gone])])
         result = MemKVResult(
             job_id=job.id,
-            success=not len(failed),
+            success=ticket.status is not None and not len(failed),
             transfer_size=job.nbytes,
             transfer_time=time.monotonic() - job.started,
             number=job.number,
             failed=failed.tolist(),
-            blocks=np.unique(job.blocks[failed]).tolist() if job.is_load else [],
+            blocks=blocks.tolist() if job.is_load else [],
         )
         with self._changed:
             self._results.append(result)
