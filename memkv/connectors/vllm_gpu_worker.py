@@ -40,6 +40,7 @@ from ..tickets import Ticket
 from .identity import Identity
 from .settings import Settings
 from .vllm_gpu_manager import MemKVBlocks
+from .vllm_outcomes import Outcomes
 
 log = logging.getLogger("memkv.vllm")
 
@@ -63,10 +64,10 @@ class Job:
     count: int  # of its digests
     blocks: npt.NDArray[np.int64]  # of the GPU, one for each digest
     started: float
+    # What _batch finds: the place of each key of the batch in the digests, keys of blocks (that is, of their
+    # last pieces), and bytes of all pieces.
     places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Of each key of the batch, in the digests."""
     keys: Keys = field(default_factory=lambda: as_keys([]))
-    """Of the blocks: those of their last pieces."""
     nbytes: int = 0
 
 
@@ -143,6 +144,7 @@ class MemKVWorker(OffloadingWorker):
         self._torn: deque[npt.NDArray[np.uint8]] = deque()  # keys of blocks of which a piece is gone
         self._under_way: set[int] = set()
         self._changed = threading.Condition()
+        self._outcomes = {True: Outcomes("load"), False: Outcomes("store")}  # by whether it is a load
 
     # --- jobs ---
 
@@ -217,13 +219,11 @@ class MemKVWorker(OffloadingWorker):
 
     def _done(self, job: Job, ticket: Ticket) -> None:
         """On the control thread, or where a job could not start. Nobody touches the caches any more."""
+        count = job.count if ticket.status is None else len(job.places)
+        good = self._outcomes[job.is_load].good(ticket, count)
         if ticket.status is None:
-            log.warning("a %s failed: %s", "load" if job.is_load else "store", ticket.error)
             failed, blocks = np.arange(job.count), job.blocks
         else:
-            good = ticket.status == Status.HIT
-            if not job.is_load:
-                good = (ticket.status == Status.STORED) | (ticket.status == Status.EXISTS)
             failed = np.unique(job.places[~good])
             blocks = job.blocks[failed]
             if job.is_load:

@@ -35,7 +35,7 @@ def identity(
     parallel, cache = config.parallel, config.cache
     labels = {
         "holds": holds,
-        "groups": _digest([[g.group_id, g.tokens_per_block, *sorted(g.layer_names)] for g in config.groups]),
+        "groups": _digest([[g.group_id, g.tokens_per_block, *g.layer_names] for g in config.groups]),
         "windows": json.dumps([g.sliding_window_size_in_chunks for g in config.groups]),
         "tokens_per_hash": str(cache.tokens_per_hash),
         "blocks_per_chunk": str(cache.blocks_per_chunk),

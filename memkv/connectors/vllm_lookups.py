@@ -10,20 +10,19 @@ says, or it would be found and fail again and again.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from ..keys import Keys
 from ..peer import Peer
 from ..rdma.errors import MemKVError
-from ..status import Status
 from ..tickets import Ticket
-
-log = logging.getLogger("memkv.vllm")
+from .vllm_outcomes import Outcomes
 
 FRESH = 2.0  # seconds
 Asked = list[tuple[bytes, "Entry"]]
@@ -48,6 +47,7 @@ class Lookups:
         self._peer = peer
         self._keys_of = keys_of
         self._timeout = timeout
+        self._outcomes = Outcomes("lookup")
         self._entries: dict[bytes, Entry] = {}
         self._by_request: dict[str, set[bytes]] = {}
         self._to_ask: Asked = []
@@ -93,14 +93,12 @@ class Lookups:
         now = time.monotonic()
         while self._answers:
             asked, ticket = self._answers.popleft()
-            if ticket.status is None:
-                log.warning("%d blocks could not be looked up: %s", len(asked), ticket.error)
-                held = [False] * len(asked)
-            else:
-                held = (ticket.status == Status.HIT).reshape(-1, len(asked)).all(axis=0).tolist()
-            for (_, entry), answer in zip(asked, held, strict=True):
+            count = len(asked) if ticket.status is None else len(ticket.status)
+            good = self._outcomes.good(ticket, count).reshape(-1, len(asked))
+            held: list[bool] = np.all(good, axis=0).tolist()
+            for i, (_, entry) in enumerate(asked):
                 if entry.held is None:  # not marked meanwhile
-                    entry.held, entry.since = answer, now
+                    entry.held, entry.since = held[i], now
 
     def mark(self, keys: Iterable[bytes], held: bool) -> None:
         """What is known of these blocks from elsewhere: they were stored just now, or could not be loaded."""

@@ -29,11 +29,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from ..rdma.errors import LocalError, MemKVError
-from ..status import Status
 from ..tickets import Ticket
 from .settings import Settings
 from .vllm_identity import hashes_are_shared, identity
 from .vllm_lookups import Lookups
+from .vllm_outcomes import Outcomes
 
 log = logging.getLogger("memkv.vllm")
 
@@ -78,6 +78,7 @@ class MemKVTier(SecondaryTierManager):
         self._results: deque[tuple[JobResult, TransferJob]] = deque()
         self._under_way = 0
         self._idle = threading.Condition()
+        self._outcomes = {True: Outcomes("load"), False: Outcomes("store")}  # by whether it is a load
         self._off: bool | None = None  # not known before the first request
         log.info("memkv tier: namespace %s, fabric %s", self._peer.namespace, self._peer.stats()["fabric"])
 
@@ -136,20 +137,13 @@ class MemKVTier(SecondaryTierManager):
 
     def _done(self, job: TransferJob, started: float, ticket: Ticket) -> None:
         """On the control thread, or where a job could not start. Nobody touches the rows any more."""
-        if ticket.status is None:
-            kept = np.zeros(len(job.keys), bool)
-            if not self._off:
-                log.warning("a %s failed: %s", "load" if job.is_promotion else "store", ticket.error)
-        elif job.is_promotion:
-            kept = ticket.status == Status.HIT
-        else:
-            kept = (ticket.status == Status.STORED) | (ticket.status == Status.EXISTS)
+        good = self._outcomes[job.is_promotion].good(ticket, len(job.keys))
         result = JobResult(
             job_id=job.job_id,
-            success=bool(kept.all()),
-            successful_keys=[key for key, ok in zip(job.keys, kept, strict=True) if ok],
+            success=bool(good.all()),
+            successful_keys=[key for key, ok in zip(job.keys, good.tolist(), strict=True) if ok],
             transfer_time=time.monotonic() - started,
-            transfer_bytes=int(kept.sum()) * self._block_size_bytes,
+            transfer_bytes=int(good.sum()) * self._block_size_bytes,
         )
         with self._idle:
             self._results.append((result, job))

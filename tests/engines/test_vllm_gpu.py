@@ -255,7 +255,7 @@ def test_a_stopped_node_is_a_miss_and_never_a_wait(
     start_process: Callable[..., NodeProcess], start_engine: StartEngine
 ) -> None:
     node = start_process()
-    quick = {"get_timeout": 0.3, "put_timeout": 0.3, "connect_timeout": 0.3}
+    quick = {"get_timeout": 0.3, "put_timeout": 0.3}
     first, second = start_engine(node), start_engine(node, extra=quick)
     name = first.add(prompt())
     first.run(name)
@@ -280,7 +280,7 @@ def test_what_could_not_be_stored_is_offered_again(
     start_process: Callable[..., NodeProcess], start_engine: StartEngine
 ) -> None:
     node = start_process()
-    engine = start_engine(node, extra={"get_timeout": 0.3, "put_timeout": 0.3, "connect_timeout": 0.3})
+    engine = start_engine(node, extra={"get_timeout": 0.3, "put_timeout": 0.3})
     with node.stopped():
         engine.run(engine.add(prompt()))
         engine.settle()

@@ -12,7 +12,9 @@ import pytest
 
 from memkv.keys import KEY_BYTES, TAG_BYTES
 from memkv.rdma.errors import LocalError
+from memkv.status import Status
 from memkv.store.node import NodeThread
+from memkv.tickets import Ticket
 from tests.nodes import address_of, until
 
 torch = pytest.importorskip("torch", reason="torch is not installed: script/test --engines brings it")
@@ -29,6 +31,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory  # noqa: E402
 
 from memkv.connectors.vllm_gpu import FACTS, SPEC  # noqa: E402
 from memkv.connectors.vllm_gpu_worker import MemKVResult, piece_key  # noqa: E402
+from memkv.connectors.vllm_outcomes import Outcomes  # noqa: E402
 
 from .test_vllm_tier import CONFIG, keys_of  # noqa: E402
 
@@ -168,3 +171,23 @@ def test_keys_of_pieces_are_apart_and_at_the_same_node() -> None:
     assert len(keys) == 2 * (1 + 79) + 1, "the last piece has its block's key"
     assert bytes(KEY_BYTES) in keys
     assert {key[:TAG_BYTES] for key in keys} == {bytes(TAG_BYTES)}
+
+
+def test_the_log_says_why_once_and_says_nothing_of_misses(caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = Outcomes("load")
+    status = np.array([Status.HIT, Status.MISS, Status.STALE, Status.COLD], np.uint8)
+    assert outcomes.good(Ticket(done=True, status=status), 4).tolist() == [True, False, False, False]
+    assert caplog.text == ""
+    late = np.array([Status.HIT, Status.TIMEOUT], np.uint8)
+    for _ in range(3):
+        assert outcomes.good(Ticket(done=True, status=late), 2).tolist() == [True, False]
+        assert not outcomes.good(Ticket(done=True, error=LocalError("closed")), 2).any()
+    assert caplog.text.count("1 of 2 blocks failed: TIMEOUT") == 1
+    assert caplog.text.count("2 of 2 blocks failed: closed") == 1
+
+
+def test_only_what_a_node_keeps_is_stored() -> None:
+    kept = {Status.STORED, Status.EXISTS}
+    status = np.array(list(Status), np.uint8)
+    good = Outcomes("store").good(Ticket(done=True, status=status), len(status))
+    assert {Status(s) for s in status[good]} == kept

@@ -51,7 +51,7 @@ pytest_plugins = "tests.nodes"
 HIT, MISS, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
 PENDING = LookupResult.HIT_PENDING
 ROW = 8192  # bytes of a chunk of the host tier
-QUICK = {"get_timeout": 0.3, "put_timeout": 0.3, "connect_timeout": 0.3}
+QUICK = {"get_timeout": 0.3, "put_timeout": 0.3}
 
 CONFIG = OffloadingConfig(
     groups=(OffloadingGroupConfig(tokens_per_block=16, layer_names=("model.layers.0",), group_id=0),),
