@@ -36,6 +36,7 @@ TOKENS = {"tiny": (128, 512)}  # what is measured unless --tokens says so
 OTHER_TOKENS = (512, 1024, 2048)
 CHUNKS = {"numpy": 256, "torch": 256, "cuda": 2048}
 WAYS = ("memory", "flash")
+FREE = 0.8  # of its time a recompute runs at least, on a machine that does nothing else
 THREADS = {"tiny": 1}  # of its small products, several threads mostly wait for one another
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS")
 
@@ -82,6 +83,7 @@ class Result:
 
     tokens: int
     recompute: Way = field(default_factory=Way)
+    cpu_seconds: list[float] = field(default_factory=list)  # of the recompute
     put_seconds: list[float] = field(default_factory=list)
     ways: dict[str, Way] = field(default_factory=dict)
     kept_less: int = 0
@@ -138,7 +140,8 @@ def run(settings: Settings, *, as_json: bool) -> int:
         print(json.dumps(report(head, shape, dtype_bytes, results, settings)))
     else:
         rows = [row for result in results for row in _rows(result, shape, dtype_bytes, settings)]
-        print_result(head, rows, as_json=False, notes=[*NOTES, "", *lines(results, settings.tolerance)])
+        notes = [*NOTES, *busy(results), "", *lines(results, settings.tolerance)]
+        print_result(head, rows, as_json=False, notes=notes)
     return 1 if errors else 0
 
 
@@ -252,6 +255,8 @@ class _Ttft:
             self.steps.now(f"computing {len(tokens)} tokens")
             done: Computed = writer.ask(("compute", tokens), SECONDS)
             result.recompute.seconds.append(done.seconds)
+            if self.job.backend != "cuda":  # whose processor waits
+                result.cpu_seconds.append(done.cpu_seconds)
             result.put_seconds.append(done.put_seconds)
             result.kept_less += done.blocks - done.kept
             result.problem = result.problem or done.problem
@@ -327,6 +332,15 @@ def _p(values: Sequence[float], q: float) -> float:
     return float(np.percentile(values, q))
 
 
+def busy(results: Sequence[Result]) -> list[str]:
+    """A warning, where a processor that is shared has made long computations seem longer still."""
+    ran = sum(sum(result.cpu_seconds) for result in results)
+    share = ran / max(1e-9, sum(sum(result.recompute.seconds) for result in results))
+    if share >= FREE or not any(result.cpu_seconds for result in results):
+        return []
+    return [f"BUSY MACHINE: the recompute ran {share:.0%} of its time on a processor; ratios are too high."]
+
+
 def lines(results: Sequence[Result], tolerance: float) -> list[str]:
     """The last lines: what was saved, and whether the logits are the same."""
     out = []
@@ -399,6 +413,7 @@ def _json_row(result: Result, shape: Shape, dtype_bytes: int, settings: Settings
         "what": "ttft",
         "tokens": result.tokens,
         "recompute_seconds": _spread(result.recompute.seconds),
+        "recompute_cpu_seconds": _spread(result.cpu_seconds) if result.cpu_seconds else None,
         "put_seconds": _spread(result.put_seconds),
     }
     for name in WAYS:
@@ -417,7 +432,7 @@ def _json_row(result: Result, shape: Shape, dtype_bytes: int, settings: Settings
         "identical": all(way.identical for way in ways),
         "same_token": all(way.same_token for way in ways),
         "errors": result.errors(settings.tolerance),
-        "notes": [text for text in (result.problem, *(way.problem for way in ways)) if text],
+        "notes": [text for text in (result.problem, *(way.problem for way in ways), *busy([result])) if text],
     }
 
 

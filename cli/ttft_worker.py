@@ -70,10 +70,13 @@ class Job:
 
 @dataclass(slots=True)
 class Computed:
-    """A prompt that was computed, and kept: seconds until its logits were there, and of the put."""
+    """A prompt that was computed, and kept: seconds until its logits were there, those of them in which this
+    process ran (on all cores together), and of the put.
+    """
 
     seconds: float
     logits: Floats
+    cpu_seconds: float = 0.0
     blocks: int = 0
     kept: int = 0
     put_seconds: float = 0.0
@@ -159,9 +162,9 @@ class Worker:
         """Computes the prompt, and then keeps its full blocks."""
         self.model.forget()
         self.model.sync()
-        began = time.perf_counter()
+        began, ran = time.perf_counter(), time.process_time()
         logits = self.model.prefill(tokens)
-        out = Computed(time.perf_counter() - began, logits)
+        out = Computed(time.perf_counter() - began, logits, time.process_time() - ran)
         keys = self._keys(tokens)
         self.model.sync()
         began = time.perf_counter()
