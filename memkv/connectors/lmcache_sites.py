@@ -72,7 +72,7 @@ class Site:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Callable[[Peer], None], Callable[[], None]]] = deque()
         self._connecting = False
-        self._patient = True  # whether calls still wait for the connection under way
+        self._patience: threading.Timer | None = None  # calls wait for the connection under way until it ends
         self._retry_at = 0.0
 
     def keys(self, digests: Iterable[bytes]) -> Keys:
@@ -84,11 +84,11 @@ class Site:
             peer = self.peer
             if peer is None and not self.sites.closed:
                 if not self._connecting and time.monotonic() >= self._retry_at:
-                    self._connecting = self._patient = self.sites.later(self._connect)
-                    timer = threading.Timer(self.sites.settings.get_timeout, self._lose_patience)
-                    timer.daemon = True
-                    timer.start()
-                if self._connecting and self._patient:
+                    self._connecting = self.sites.later(self._connect)
+                    self._patience = threading.Timer(self.sites.settings.get_timeout, self._lose_patience)
+                    self._patience.daemon = True
+                    self._patience.start()
+                if self._connecting and self._patience:
                     self._waiting.append((run, fail))
                     return
         self._do(peer, run, fail)
@@ -100,6 +100,8 @@ class Site:
                 return
             except MemKVError as exc:
                 log.warning("%s: %s", self.identity.model, exc)
+            except Exception:  # LMCache waits for an answer, whatever it is
+                log.exception("a batch for %s", self.identity.model)
         fail()
 
     def _connect(self) -> None:
@@ -110,20 +112,20 @@ class Site:
             regions = Regions(peer)
             for address, nbytes in self.sites.arenas:
                 regions.add(address, nbytes)
-        except (MemKVError, OSError) as exc:
+        except Exception as exc:  # whatever it is, those that wait have to be told
             self.error = str(exc)
-            log.warning("no memkv node for %s, tried again in %g s: %s", self.identity.model, RETRY, exc)
+            log.warning("no memkv node for %s, tried again in %g s: %r", self.identity.model, RETRY, exc)
         with self._lock:
             self.peer, self._regions = peer, regions
             self._connecting = False
             self._retry_at = time.monotonic() + RETRY
+            if self._patience:
+                self._patience.cancel()
         self._serve(peer)
 
     def _lose_patience(self) -> None:
         with self._lock:
-            if not self._connecting:
-                return
-            self._patient = False
+            self._patience = None
         self._serve(None)
 
     def _serve(self, peer: Peer | None) -> None:

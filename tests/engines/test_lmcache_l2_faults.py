@@ -15,12 +15,14 @@ import pytest
 pytest.importorskip("lmcache", reason="lmcache is not installed: script/test --engines brings it")
 torch = pytest.importorskip("torch", reason="torch is not installed: script/test --engines brings it")
 
+from lmcache.v1.memory_management import GDSMemoryObject, MemoryObjMetadata
+
 from memkv.connectors import lmcache_sites
 from memkv.connectors.lmcache_l2 import MemKVL2Adapter
 from memkv.store.node import NodeThread
 from tests.nodes import GRACE, MIB, NodeProcess, Proxy, StartNode, file_descriptors, until, within
 
-from .lmcache_l2 import NBYTES, Arena, content_of, keys_of, load, load_adapter, lookup, same, store
+from .lmcache_l2 import LAYOUT, NBYTES, Arena, content_of, keys_of, load, load_adapter, lookup, same, store
 
 pytest_plugins = "tests.nodes"
 
@@ -208,6 +210,25 @@ def test_a_node_that_is_not_there_yet(
     process.start()
     until(lambda: store(adapter, keys, written).is_successful(), 30, "joined")
     assert lookup(adapter, keys) == [True] * 4
+
+
+def test_a_secret_that_is_not_there_is_a_miss_and_is_said(node: NodeThread, adapt: Adapt) -> None:
+    """The settings were good when the adapter was made; what fails later must not end LMCache's threads."""
+    arena = Arena()
+    adapter, keys = adapt(node, desc=arena.desc, secret_file="/nonexistent/secret"), keys_of(2)
+    assert lookup(adapter, keys) == [False] * 2
+    assert not store(adapter, keys, arena.objects(2, seed=1)).is_successful()
+    assert "/nonexistent/secret" in adapter.report_status()["kinds"][0]["error"]
+
+
+def test_objects_that_are_not_in_memory_are_not_stored(node: NodeThread, adapt: Adapt, caplog: Any) -> None:
+    """Those of LMCache's GDS tier."""
+    (size,) = LAYOUT.shapes
+    meta = MemoryObjMetadata(size, LAYOUT.dtypes[0], 0, NBYTES, 1, shapes=[size], dtypes=LAYOUT.dtypes)
+    adapter, keys, objects = adapt(node), keys_of(1), [GDSMemoryObject(meta)]
+    assert not store(adapter, keys, objects).is_successful()
+    assert load(adapter, keys, objects) == [False]
+    assert "host memory" in caplog.text
 
 
 def test_no_call_waits_for_a_node_that_does_not_answer(
