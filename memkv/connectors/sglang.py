@@ -26,11 +26,12 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from ..rdma.errors import LocalError, MemKVError
+from .identity import Identity
 from .settings import Settings
 from .sglang_identity import identity_of
 from .sglang_metrics import Metrics
 from .sglang_pages import Flags, ending_windows
-from .sglang_pool import FlatBlocks, PoolBlocks, pieces_of
+from .sglang_pool import FlatBlocks, PoolBlocks, check, memory_of, pieces_of
 
 log = logging.getLogger("memkv.sglang")
 
@@ -64,8 +65,9 @@ class MemKVHiCacheStorage(HiCacheStorage):
         self.settings = Settings.read(extra, ignore=SGLANG)
         self.zero_copy = bool(extra.get("interface_v1", 0))  # SGLang reads it so
         self._anchor: Any = None
+        self._without_kv = False  # the KV pool has no memory: all data are in side pools
         self._kv_pages: PoolBlocks | None = None
-        self._pools: dict[str, PoolBlocks] = {}
+        self._pools: dict[str, PoolBlocks | None] = {}  # None: a pool without layers on this rank
         self._flat: FlatBlocks | None = None
         self._flat_lock = threading.Lock()  # while it is made
         self._metrics = Metrics(storage_config.enable_storage_metrics)
@@ -83,15 +85,16 @@ class MemKVHiCacheStorage(HiCacheStorage):
             raise LocalError("a second KV pool", "one backend for each cache controller")
         super().register_mem_pool_host(mem_pool_host)
         self._anchor = mem_pool_host
-        if getattr(mem_pool_host, "kv_buffer", None) is None:
-            if getattr(mem_pool_host, "layer_num", 0):
-                raise LocalError(
-                    "this rank's pages are in another rank's memory",
-                    "name the backend at start, --hicache-storage-backend: host memory is not shared then",
-                )
-        elif self.zero_copy:
+        check(mem_pool_host)
+        self._without_kv = not memory_of(mem_pool_host)
+        if self._without_kv and mem_pool_host.layer_num > 0:
+            raise LocalError(
+                "this rank's pages are in another rank's memory",
+                "name the backend at start, --hicache-storage-backend: host memory is not shared then",
+            )
+        if self.zero_copy:
             self._kv_pages = self._open(PoolName.KV, mem_pool_host)
-        else:
+        elif not self._without_kv:
             self._flat_blocks()
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
@@ -103,7 +106,10 @@ class MemKVHiCacheStorage(HiCacheStorage):
             raise LocalError(f"a second host pool of the name {host_pool_name}")
         self._pools[host_pool_name] = self._open(host_pool_name, host_pool)
 
-    def _open(self, name: str, pool: Any) -> PoolBlocks:
+    def _open(self, name: str, pool: Any) -> PoolBlocks | None:
+        check(pool)
+        if not memory_of(pool):
+            return None
         pieces = pieces_of(pool)
         identity = self._identity(name, pool, [int(size) for size in pieces.size])
         blocks = PoolBlocks(self.settings, identity, pool, pieces)
@@ -118,7 +124,7 @@ class MemKVHiCacheStorage(HiCacheStorage):
         )
         return blocks
 
-    def _identity(self, name: str, pool: Any, sizes: list[int]) -> Any:
+    def _identity(self, name: str, pool: Any, sizes: list[int]) -> Identity:
         if self._anchor is None:
             raise LocalError("no KV pool is registered yet", "register_mem_pool_host()")
         return identity_of(
@@ -134,7 +140,7 @@ class MemKVHiCacheStorage(HiCacheStorage):
         """None for a KV pool that has no memory."""
         if self._anchor is None:
             raise LocalError("no KV pool is registered yet", "register_mem_pool_host()")
-        if self._kv_pages is None and self._anchor.kv_buffer is not None:
+        if self._kv_pages is None and not self._without_kv:
             raise LocalError("the KV pool's memory is not registered", '"interface_v1": 1')
         return self._kv_pages
 
@@ -149,7 +155,7 @@ class MemKVHiCacheStorage(HiCacheStorage):
 
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
         """How many pages are held from the first on, without a gap: the prefix that can be fetched."""
-        if not self.zero_copy:
+        if not self.zero_copy and not self._without_kv:
             flat = self._flat_blocks()
             return flat.match(flat.keys(keys))
         pages = self._kv()
@@ -189,8 +195,7 @@ class MemKVHiCacheStorage(HiCacheStorage):
         """At which lengths the prefix can be restored: where the KV pool has all of it, and every side pool
         what it needs at that length (all pages, or the last few).
         """
-        without_kv = self._anchor is not None and self._anchor.kv_buffer is None
-        kv = len(keys) if without_kv else self.batch_exists(keys, extra_info)
+        kv = len(keys) if self._without_kv else self.batch_exists(keys, extra_info)
         hits: dict[str, int] = {PoolName.KV: kv} if kv else {}
         restorable = np.ones(kv, np.bool_)
         for transfer in pool_transfers or ():
@@ -234,8 +239,8 @@ class MemKVHiCacheStorage(HiCacheStorage):
         """Tensors of up to a page, each one block. They are no pieces of a pool, nor the other way round."""
         with self._flat_lock:
             if self._flat is None:
-                if self._anchor is None:
-                    raise LocalError("no KV pool is registered yet", "register_mem_pool_host()")
+                if self._anchor is None or self._without_kv:
+                    raise LocalError("no KV pool with memory is registered", "register_mem_pool_host()")
                 size = self._anchor.get_dummy_flat_data_page().nbytes
                 self._flat = FlatBlocks(self.settings, self._identity("kv, flat", self._anchor, [size]), size)
             return self._flat
@@ -298,10 +303,9 @@ class MemKVHiCacheStorage(HiCacheStorage):
 
     def close(self) -> None:
         """Gives the pools' memory back and leaves the nodes. May be called twice."""
-        kv = [self._kv_pages] if self._kv_pages else []
-        flat = [self._flat] if self._flat else []
-        for blocks in (*kv, *self._pools.values(), *flat):
-            blocks.close()
+        for blocks in (self._kv_pages, *self._pools.values(), self._flat):
+            if blocks is not None:
+                blocks.close()
 
 
 def _plain(flags: Flags) -> list[bool]:

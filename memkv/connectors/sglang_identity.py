@@ -5,14 +5,18 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
-from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool, DeepSeekV4StateHostPool
+from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.runtime_context import get_model
 
 from ..rdma.errors import LocalError
 from .identity import Identity
 
 ENGINE = "sglang-hicache-1"  # the number: of this file's choice of what counts
+
+REPLICATED = (MLATokenToKVPoolHost, DSAIndexerPoolHost, DeepSeekV4PagedHostPool, DeepSeekV4StateHostPool)
 
 # Of a pool, where it has them. The sizes of its pieces say the rest.
 FACTS = (
@@ -38,12 +42,14 @@ FACTS = (
 CONFIGURED = ("kv_cache_dtype", "quantization", "revision")
 
 
-def replicated(config: HiCacheStorageConfig, name: str, pool: Any) -> bool:
-    """Whether every tensor-parallel rank holds the same pages: of latent attention, but not its Mamba state,
-    nor pools of heads beside it (a draft model's), nor layers that are spread over ranks.
+def replicated(config: HiCacheStorageConfig, pool: Any) -> bool:
+    """Whether every tensor-parallel rank holds the same pages: of latent attention and what is derived from
+    it, if layers are not spread over ranks. Beside it Mamba states, and heads such as a draft model's, are
+    each rank's own; and so is what is not known here.
     """
-    split = name == PoolName.MAMBA or getattr(pool, "_layer_shard_enabled", False)
-    return config.is_mla_model and not split and not isinstance(pool, MHATokenToKVPoolHost)
+    device = getattr(pool, "device_pool", None)
+    spread = getattr(pool, "_layer_shard_enabled", False) or getattr(device, "layer_shard_enabled", False)
+    return config.is_mla_model and not spread and isinstance(pool, REPLICATED)
 
 
 def identity_of(
@@ -56,7 +62,7 @@ def identity_of(
     """
     if not config.model_name:
         raise LocalError("SGLang does not say which model these pages are of", "--served-model-name")
-    shared = replicated(config, name, pool)
+    shared = replicated(config, pool)
     labels = {
         "pool": str(name),
         "class": type(pool).__name__,

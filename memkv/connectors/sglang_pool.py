@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 class Blocks:
     """Blocks of one identity, through a peer of its own. Whatever goes wrong on the way is a block that is
-    not held: the engine computes it. What fails is logged once, until something else does.
+    not held: the engine computes it. Why is logged once, until it works again or fails for another reason.
     """
 
     def __init__(self, settings: Settings, identity: Identity, block_bytes: int) -> None:
         self.settings = settings
         self.identity = identity
         self.peer = settings.connect(identity, block_bytes)
-        self._failure = ""
+        self._failures: dict[str, str] = {}  # of gets, puts and lookups: the last one's, empty if it was well
 
     def keys(self, hashes: Sequence[str]) -> npt.NDArray[np.uint8]:
         """(n, 16), from SGLang's hashes of the pages, each of which stands for its whole prefix."""
@@ -45,20 +45,22 @@ class Blocks:
 
     def match(self, keys: npt.NDArray[np.uint8]) -> int:
         """How many are held from the first on."""
-        return self._try(lambda: self.peer.match(keys, timeout=self.settings.get_timeout), 0)
+        return self._try("lookups", lambda: self.peer.match(keys, timeout=self.settings.get_timeout), 0)
 
     def held(self, keys: npt.NDArray[np.uint8]) -> Flags:
         """(n,): which are held."""
-        status = self._statuses(len(keys), lambda: self.peer.exists(keys, timeout=self.settings.get_timeout))
+        timeout = self.settings.get_timeout
+        status = self._statuses("lookups", len(keys), lambda: self.peer.exists(keys, timeout=timeout))
         held: Flags = status == Status.HIT
         return held
 
     def get(self, keys: npt.NDArray[np.uint8], slices: Slices) -> tuple[Flags, npt.NDArray[np.uint32]]:
         """(n,): which are in place now, and how long they are."""
-        lengths = np.zeros(len(keys), np.uint32)
+        lengths, timeout = np.zeros(len(keys), np.uint32), self.settings.get_timeout
         status = self._statuses(
+            "gets",
             len(keys),
-            lambda: self.peer.get_into(keys, slices, timeout=self.settings.get_timeout, lengths=lengths),
+            lambda: self.peer.get_into(keys, slices, timeout=timeout, lengths=lengths),
         )
         return status == Status.HIT, lengths
 
@@ -66,31 +68,32 @@ class Blocks:
         """(n,): which are kept now, whoever brought them."""
         s = self.settings
         status = self._statuses(
+            "puts",
             len(keys),
             lambda: self.peer.put_from(keys, slices, timeout=s.put_timeout, durability=s.durability),
         )
         kept: Flags = (status == Status.STORED) | (status == Status.EXISTS)
         return kept
 
-    def _statuses(self, n: int, call: Callable[[], Statuses]) -> Statuses:
-        status = self._try(call, np.full(n, Status.ERROR_UNREACHABLE, np.uint8))
+    def _statuses(self, what: str, n: int, call: Callable[[], Statuses]) -> Statuses:
+        status = self._try(what, call, np.full(n, Status.ERROR_UNREACHABLE, np.uint8))
         failed = status[status >= FIRST_ERROR]
-        self._report(describe(int(failed[0])) if failed.size else "")
+        self._report(what, describe(int(failed[0])) if failed.size else "")
         return status
 
-    def _try(self, call: Callable[[], T], otherwise: T) -> T:
+    def _try(self, what: str, call: Callable[[], T], otherwise: T) -> T:
         try:
             return call()
         except LocalError:
             raise  # a mistake in the program, not in the world
         except MemKVError as exc:
-            self._report(str(exc))
+            self._report(what, str(exc))
             return otherwise
 
-    def _report(self, failure: str) -> None:
-        if failure and failure != self._failure:
-            log.warning("%s: %s; such pages are computed instead", self.peer.namespace, failure)
-        self._failure = failure
+    def _report(self, what: str, failure: str) -> None:
+        if failure and failure != self._failures.get(what):
+            log.warning("%s, %s: %s; such pages are computed instead", self.peer.namespace, what, failure)
+        self._failures[what] = failure
 
     def close(self) -> None:
         self.peer.close()
@@ -182,7 +185,11 @@ class FlatBlocks(Blocks):
     def __init__(self, settings: Settings, identity: Identity, block_bytes: int) -> None:
         super().__init__(settings, identity, block_bytes)
         self.block_bytes = block_bytes
-        self._into, self._out = Bounce(self.peer, block_bytes), Bounce(self.peer, block_bytes)
+        try:
+            self._into, self._out = Bounce(self.peer, block_bytes), Bounce(self.peer, block_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     def get_tensors(self, hashes: Sequence[str], targets: Sequence[Any]) -> list[Any]:
         """The targets, filled, or None for each that is not held, or not with the target's size. A target
@@ -229,9 +236,10 @@ class FlatBlocks(Blocks):
 
 
 def memory_of(pool: Any) -> list[tuple[int, int]]:
-    """(address, bytes) of the pool's memory, its tensors joined where one follows the other.
+    """(address, bytes) of the pool's memory, its tensors joined where one follows the other. None for a pool
+    whose data are all in others, or that has no layers.
 
-    :raises LocalError: it has none of its own, or some that is not one stretch.
+    :raises LocalError: a tensor that does not lie in one stretch, or not in host memory.
     """
     named = pool.get_hybrid_pool_buffer() if hasattr(pool, "get_hybrid_pool_buffer") else []
     more = [getattr(pool, n, None) for n in ("kv_buffer", "k_buffer", "v_buffer", *INDEXERS)]
@@ -248,35 +256,37 @@ def memory_of(pool: Any) -> list[tuple[int, int]]:
             ranges[-1] = ranges[-1][0], max(sum(ranges[-1]), start + size) - ranges[-1][0]
         else:
             ranges.append((start, size))
-    if not ranges:
-        raise LocalError(f"{type(pool).__name__} has no memory of its own")
     return ranges
 
 
 INDEXERS = ("index_k_buffer", "index_k_scale_buffer")  # of a pool whose latents are split (Ascend)
 
 
-def pieces_of(pool: Any) -> Pieces:
-    """Where the pages of a pool lie.
-
-    :raises LocalError: a pool that shares its memory with others or with other ranks, or whose layout has no
-        pages that lie in one piece or a few.
+def check(pool: Any) -> None:
+    """:raises LocalError: a pool that shares its memory with others, or its pages with other ranks: the slots
+    that SGLang names do not say where a page is.
     """
-    name = type(pool).__name__
     shared = getattr(pool, "shared_allocation_domain", None) is not None
     if shared or getattr(pool, "logical_size", pool.size) != pool.size:
         raise LocalError(
-            f"{name}: its pages are shared, or spread over ranks",
+            f"{type(pool).__name__}: its pages are shared, or spread over ranks",
             "memkv needs a pool of each rank's own: no --dcp-size, no --enable-unified-memory",
         )
+
+
+def pieces_of(pool: Any) -> Pieces:
+    """Where the pages of a pool lie.
+
+    :raises LocalError: a layout whose pages do not lie in one piece or a few.
+    """
     try:
         return Pieces.learn(
             lambda i: pool.get_page_buffer_meta(torch.from_numpy(i)), int(pool.size), int(pool.page_size)
         )
+    except LocalError:
+        raise
     except (ValueError, NotImplementedError, AssertionError) as exc:
-        if isinstance(exc, LocalError):
-            raise
         raise LocalError(
-            f"{name} cannot be read without a copy in this layout: {exc}",
+            f"{type(pool).__name__} cannot be read without a copy in this layout: {exc}",
             "--hicache-mem-layout page_first (with --hicache-io-backend direct: page_first_direct)",
         ) from exc

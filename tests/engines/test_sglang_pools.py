@@ -188,6 +188,17 @@ def test_a_dead_nodes_side_pools_hold_nothing(start_process: Callable[..., NodeP
         assert storage.batch_set_v2([there]) == {there.name: [False] * 2}
 
 
+def test_a_side_pool_without_memory_has_nothing_to_miss(node: NodeThread) -> None:
+    kv, nothing = host.mha_pool(), LogicalHostPool(128, host.PAGE)
+    keys, where = host.hashes(2), host.slots(kv, [0, 1])
+    with host.backend(node, kv) as storage:
+        storage.register_mem_host_pool_v2(nothing, PoolName.DRAFT)
+        there = [PoolTransfer(PoolName.KV, where, keys=keys), PoolTransfer(PoolName.DRAFT, where, keys=keys)]
+        assert storage.batch_exists_v2(keys, there[1:]).kv_hit_pages == 0
+        assert storage.batch_set_v2(there) == {PoolName.KV: [True] * 2, PoolName.DRAFT: [True] * 2}
+        assert storage.batch_exists_v2(keys, there[1:]).kv_hit_pages == 2
+
+
 # --- tensors, by a copy ---
 
 
