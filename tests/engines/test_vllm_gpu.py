@@ -36,6 +36,7 @@ pytest_plugins = "tests.nodes"
 GPU = "memkv.connectors.vllm_gpu"
 LAYOUTS = ["BLHNC", "LBHNC"]  # one piece a block, and one for each layer
 PROMPT = 5 * TOKENS + 3
+PATIENT = {"get_timeout": 20, "put_timeout": 20}  # on a loaded machine, too
 
 StartEngine = Callable[..., Engine]
 
@@ -57,7 +58,9 @@ def configure(tmp_path: Path) -> Callable[..., Any]:
             "kv_connector_module_path": GPU,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"nodes": address_of(node), "fabric": "tcp"} | (extra or {}),
+            "kv_connector_extra_config": {"nodes": address_of(node), "fabric": "tcp"}
+            | PATIENT
+            | (extra or {}),
         }
         return vllm_config(model_folder(tmp_path / "model"), settings | (transfer or {}), **options)
 

@@ -51,6 +51,7 @@ pytest_plugins = "tests.nodes"
 HIT, MISS, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
 PENDING = LookupResult.HIT_PENDING
 ROW = 8192  # bytes of a chunk of the host tier
+PATIENT = {"get_timeout": 20, "put_timeout": 20}  # on a loaded machine, too
 QUICK = {"get_timeout": 0.3, "put_timeout": 0.3}
 
 CONFIG = OffloadingConfig(
@@ -171,7 +172,7 @@ def offload() -> Iterator[Callable[..., Offload]]:
     with ExitStack() as stack:
 
         def start(node: Any, *, config: Any = CONFIG, rows: int = 8, **settings: Any) -> Offload:
-            tier = {"type": "memkv", "nodes": address_of(node), "fabric": "tcp"} | settings
+            tier = {"type": "memkv", "nodes": address_of(node), "fabric": "tcp"} | PATIENT | settings
             out = Offload(tier, config, rows)
             stack.callback(out.close)
             return out
