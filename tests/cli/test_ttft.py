@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memkv.cli import ttft
+from memkv.cli import ttft_report
 from memkv.cli.cluster import Wish
 from memkv.cli.transformer import NumpyModel, chunks, draw, restorable
 from memkv.cli.ttft_shapes import SHAPES, Shape, find, from_config
@@ -176,9 +176,9 @@ def job(fabric_name: str, **more: Any) -> Job:
     return Job(**(given | more))
 
 
-def outcome(computed: Computed, restored: Restored) -> ttft.Way:
-    way = ttft.Way()
-    ttft.compare(way, computed, restored)
+def outcome(computed: Computed, restored: Restored) -> ttft_report.Way:
+    way = ttft_report.Way()
+    ttft_report.compare(way, computed, restored)
     return way
 
 
@@ -203,7 +203,7 @@ def test_a_prompt_is_restored_by_another_worker(workers: list[Worker]) -> None:
     assert (restored.hits, restored.tokens, restored.problem) == (6, 96, "")
     way = outcome(computed, restored)
     assert way.identical
-    assert ttft.right(way, 0.0)
+    assert ttft_report.right(way, 0.0)
 
 
 def test_a_single_wrong_bit_of_kv_is_noticed(workers: list[Worker]) -> None:
@@ -222,8 +222,8 @@ def test_a_single_wrong_bit_of_kv_is_noticed(workers: list[Worker]) -> None:
     assert restored.hits == 6  # memkv's part was done: it gave what was put
     way = outcome(computed, restored)
     assert not way.identical
-    assert not ttft.right(way, 0.0)
-    assert "LOGITS DIFFER" in ttft.lines([result(way)], 0.0)[0]
+    assert not ttft_report.right(way, 0.0)
+    assert "LOGITS DIFFER" in ttft_report.lines([result(way)], 0.0)[0]
     assert result(way).errors(0.0) == 1
 
 
@@ -232,7 +232,7 @@ def test_kv_of_another_prompt_is_noticed_even_with_a_tolerance(workers: list[Wor
     computed = writer.compute(prompt(100))
     reader.compute(prompt(100, seed=1))
     way = outcome(computed, reader.restore(prompt(100, seed=1)))
-    assert not ttft.right(way, 1e-3)
+    assert not ttft_report.right(way, 1e-3)
 
 
 def test_blocks_that_are_missing_are_counted_and_computed(workers: list[Worker]) -> None:
@@ -255,7 +255,7 @@ def test_nothing_restored_is_an_error(workers: list[Worker]) -> None:
     computed = writer.compute(prompt(100))
     way = outcome(computed, reader.restore(prompt(100, seed=2)))
     assert result(way).errors(0.0) > 0
-    assert ttft.lines([result(way)], 0.0)[0].endswith("nothing was restored from memkv's memory")
+    assert ttft_report.lines([result(way)], 0.0)[0].endswith("nothing was restored from memkv's memory")
 
 
 def test_other_weights_or_blocks_cannot_hit(start_node: StartNode, fabric_name: str) -> None:
@@ -283,22 +283,22 @@ def test_a_nan_is_never_right() -> None:
     found = np.array([0, np.nan, 0, 0], np.float32)
     way = outcome(Computed(1.0, due), Restored(1.0, 0, 0, 0, found, 16, 1, 1))
     assert np.isnan(way.worst)
-    assert not ttft.right(way, 1e9)
-    ttft.compare(way, Computed(1.0, due), Restored(1.0, 0, 0, 0, due, 16, 1, 1))
-    assert not ttft.right(way, 1e9)  # nor does a later one make it good
+    assert not ttft_report.right(way, 1e9)
+    ttft_report.compare(way, Computed(1.0, due), Restored(1.0, 0, 0, 0, due, 16, 1, 1))
+    assert not ttft_report.right(way, 1e9)  # nor does a later one make it good
 
 
 def test_a_busy_machine_is_told() -> None:
-    found = ttft.Result(100)
+    found = ttft_report.Result(100)
     found.recompute.seconds = [2.0, 2.0]
     found.cpu_seconds = [1.9, 1.9]
-    assert ttft.busy([found]) == []
+    assert ttft_report.busy([found]) == []
     found.cpu_seconds = [0.5, 0.5]
-    assert "25%" in ttft.busy([found])[0]
+    assert "25%" in ttft_report.busy([found])[0]
 
 
-def result(way: ttft.Way) -> ttft.Result:
-    out = ttft.Result(100, ways={"memory": way})
+def result(way: ttft_report.Way) -> ttft_report.Result:
+    out = ttft_report.Result(100, ways={"memory": way})
     out.recompute.seconds.append(1.0)
     return out
 
