@@ -87,11 +87,6 @@ class MemKVHiCacheStorage(HiCacheStorage):
         self._anchor = mem_pool_host
         check(mem_pool_host)
         self._without_kv = not memory_of(mem_pool_host)
-        if self._without_kv and mem_pool_host.layer_num > 0:
-            raise LocalError(
-                "this rank's pages are in another rank's memory",
-                "name the backend at start, --hicache-storage-backend: host memory is not shared then",
-            )
         if self.zero_copy:
             self._kv_pages = self._open(PoolName.KV, mem_pool_host)
         elif not self._without_kv:

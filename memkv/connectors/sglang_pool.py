@@ -263,14 +263,20 @@ INDEXERS = ("index_k_buffer", "index_k_scale_buffer")  # of a pool whose latents
 
 
 def check(pool: Any) -> None:
-    """:raises LocalError: a pool that shares its memory with others, or its pages with other ranks: the slots
-    that SGLang names do not say where a page is.
+    """:raises LocalError: the slots that SGLang names do not say where a page is in this rank's memory: the
+    pool shares it with others, its pages are spread over ranks, or another rank has them all.
     """
+    name = type(pool).__name__
     shared = getattr(pool, "shared_allocation_domain", None) is not None
     if shared or getattr(pool, "logical_size", pool.size) != pool.size:
         raise LocalError(
-            f"{type(pool).__name__}: its pages are shared, or spread over ranks",
+            f"{name}: its pages are shared, or spread over ranks",
             "memkv needs a pool of each rank's own: no --dcp-size, no --enable-unified-memory",
+        )
+    if getattr(pool, "layer_num", 0) > 0 and not memory_of(pool):
+        raise LocalError(
+            f"{name}: its pages are in another rank's memory",
+            "name the backend at start, --hicache-storage-backend: host memory is not shared then",
         )
 
 

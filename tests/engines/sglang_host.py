@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.device_pool_info import MambaStateBufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool
 from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.group import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
@@ -112,6 +113,20 @@ def mamba_pool(states: int = 16, layers: int = 2) -> Any:
     )
     with host_memory_budget_scope(MEMORY):
         return MambaPoolHost(info, 2.0, 0, device_capacity=states, pin_memory=False, layout="page_first")
+
+
+def compressed_pool(layout: str, layers: int = 3, pages: int = 16) -> Any:
+    """One of the side pools of a model without KV of its own: a row of bytes a page and layer."""
+    with host_memory_budget_scope(MEMORY):
+        return DeepSeekV4PagedHostPool(
+            "c4",
+            [torch.zeros(pages, 96, dtype=torch.uint8)] * layers,
+            96,
+            pages,
+            PAGE,
+            layout,
+            pin_memory=False,
+        )
 
 
 def tensors(pool: Any) -> list[torch.Tensor]:

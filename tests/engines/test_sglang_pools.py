@@ -188,6 +188,23 @@ def test_a_dead_nodes_side_pools_hold_nothing(start_process: Callable[..., NodeP
         assert storage.batch_set_v2([there]) == {there.name: [False] * 2}
 
 
+@pytest.mark.parametrize("layout", host.LAYOUTS[:3])
+def test_compressed_pages_come_back(node: NodeThread, layout: str) -> None:
+    """In layer_first the memory of each layer is one of its own."""
+    ours, theirs = host.compressed_pool(layout), host.compressed_pool(layout)
+    keys, name = host.hashes(3), PoolName.DEEPSEEK_V4_C4
+    host.fill(ours, 1)
+    out, into = host.slots(ours, [15, 0, 7]), host.slots(theirs, [3, 9, 0])
+    for rank, pool, move in ((0, ours, out), (1, theirs, into)):
+        anchor = LogicalHostPool(64, host.PAGE)
+        with host.backend(node, anchor, is_mla_model=True, tp_rank=rank, tp_size=2) as storage:
+            storage.register_mem_host_pool_v2(pool, name)
+            there = PoolTransfer(name, move, keys=keys)
+            done = storage.batch_get_v2([there]) if rank else storage.batch_set_v2([there])
+            assert done == {name: [True] * 3}
+    assert host.pages_at(theirs, into) == host.pages_at(ours, out)
+
+
 def test_a_side_pool_without_memory_has_nothing_to_miss(node: NodeThread) -> None:
     kv, nothing = host.mha_pool(), LogicalHostPool(128, host.PAGE)
     keys, where = host.hashes(2), host.slots(kv, [0, 1])
