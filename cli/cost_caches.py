@@ -28,9 +28,6 @@ class Cache(Protocol):
     def add(self, id: int, /) -> None:
         """Holds an id from now on, or touches it; others go where there is no room."""
 
-    def drop(self, id: int, /) -> None:
-        """Forgets an id that is held."""
-
 
 class Lru:
     """The id that was not used for longest goes. A larger one holds whatever a smaller one holds."""
@@ -53,9 +50,6 @@ class Lru:
         self._ids.move_to_end(id)
         if len(self._ids) > self.capacity:
             self._ids.popitem(last=False)
-
-    def drop(self, id: int) -> None:
-        del self._ids[id]
 
     def use(self, prompt: Iterable[int]) -> None:
         """Adds a prompt's blocks in this order."""
@@ -113,6 +107,7 @@ class Sieve:
         self._head = id
 
     def drop(self, id: int) -> None:
+        """Forgets an id that is held."""
         del self._used[id]
         older, newer = self._older.pop(id), self._newer.pop(id)
         if older >= 0:

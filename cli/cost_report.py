@@ -107,7 +107,9 @@ def _within(r: Result) -> float:
 
 def print_tables(costs: Costs, varied: Sequence[Varied] = ()) -> None:
     """To standard output."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 220, highlight=False)
+    console = Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else 220, highlight=False, markup=False
+    )
     doc = as_json(costs, varied)
     setup = costs.setup
     console.print("\nassumptions", style="bold")
@@ -132,7 +134,7 @@ def print_tables(costs: Costs, varied: Sequence[Varied] = ()) -> None:
         console.print(_varied_table(varied))
     console.print()
     for note in NOTES:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _hits_from(costs: Costs) -> str:

@@ -46,4 +46,6 @@ def _print(played: Played | None, name: str, costs: Costs, varied: list[Varied],
         return
     if played:
         print_result(heading, rows, as_json=False, notes=played.notes)
+    else:
+        print(f"trace  {name}")
     cost_report.print_tables(costs, varied)

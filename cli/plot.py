@@ -24,7 +24,7 @@ DASHES: dict[str, Any] = {
 }
 NODE_COLOUR = "#D55E00"
 SUFFIXES = (".svg", ".png", ".pdf")
-_STYLE = {
+_STYLE: Any = {  # matplotlib types every key by its name, only where it is installed
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
