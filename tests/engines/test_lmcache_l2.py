@@ -25,7 +25,7 @@ from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
 
-from memkv.connectors import lmcache_memory
+from memkv.connectors import lmcache_keys, lmcache_memory
 from memkv.connectors.lmcache_l2 import MemKVL2Adapter, MemKVL2AdapterConfig
 from memkv.peer import Peer
 from memkv.rdma.errors import DeviceError
@@ -177,6 +177,15 @@ def test_another_configuration_does_not_hit(what: str, node: NodeThread, adapt: 
     assert lookup(other, keys, layout) == [False] * 4
     assert load(other, keys, read) == [False] * 4
     assert not any(b"".join(map(content_of, read)))
+
+
+def test_another_release_of_lmcache_does_not_hit(
+    node: NodeThread, adapt: Adapt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena, keys = Arena(), keys_of(4)
+    assert store(adapt(node, desc=arena.desc), keys, arena.objects(4, seed=1)).is_successful()
+    monkeypatch.setattr(lmcache_keys, "version", lambda name: "0.5.7")
+    assert lookup(adapt(node, desc=arena.desc), keys) == [False] * 4
 
 
 def test_keys_are_the_same_in_every_process() -> None:
