@@ -145,14 +145,6 @@ def test_a_model_with_sliding_windows(node: NodeThread, start_engine: StartEngin
     assert second.run(second.add(prompt())) == 5 * TOKENS
 
 
-def test_loads_within_a_step(node: NodeThread, start_engine: StartEngine) -> None:
-    first = start_engine(node)
-    first.run(first.add(prompt()))
-    first.settle()
-    second = start_engine(node, extra={"sync_load_budget_bytes": 1 << 30})
-    assert second.run(second.add(prompt())) == 5 * TOKENS
-
-
 def test_blocks_that_are_held_are_not_stored_again(node: NodeThread, start_engine: StartEngine) -> None:
     engine = start_engine(node)
     name = engine.add(prompt())
@@ -167,22 +159,37 @@ def test_blocks_that_are_held_are_not_stored_again(node: NodeThread, start_engin
 # --- loads that fail ---
 
 
-@pytest.mark.parametrize("sync", [0, 1 << 30])
-def test_what_was_evicted_after_the_lookup_is_computed(
-    node: NodeThread, start_engine: StartEngine, sync: int
-) -> None:
-    first, second = start_engine(node), start_engine(node, extra={"sync_load_budget_bytes": sync})
+def test_what_was_evicted_after_the_lookup_is_computed(node: NodeThread, start_engine: StartEngine) -> None:
+    first, second = start_engine(node), start_engine(node)
     name = first.add(prompt())
     first.run(name)
     first.settle()
     other = second.add(prompt())
     second.before_transfers = lambda: delete(second, [block_keys(first, name)[2]])
-    again = 3 if sync else 0  # tokens of the step that the load had been for
-    assert second.run(other) == 2 * TOKENS - again
+    assert second.run(other) == 2 * TOKENS
     second.run(second.add(prompt()))
     second.settle()
     third = start_engine(node)
     assert third.run(third.add(prompt())) == 5 * TOKENS, "the block that was missing is stored again"
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 3 * TOKENS)])
+def test_a_scheduler_that_plans_a_step_ahead(
+    node: NodeThread, start_engine: StartEngine, windows: tuple[int | None, ...]
+) -> None:
+    first, second = (start_engine(node, ahead=True, windows=windows) for _ in range(2))
+    name = first.add(prompt(), answer=TOKENS)
+    assert first.run(name) == 0
+    first.settle()
+    other = second.add(prompt(), answer=TOKENS)
+    second.before_transfers = lambda: delete(second, [block_keys(first, name)[2]])
+    assert second.run(other) <= 2 * TOKENS
+    assert second.before_transfers is None, "a load failed"
+    assert second.attended[False] == 0
+    second.run(second.add(prompt()))
+    second.settle()
+    second.drop_gpu_cache()
+    assert second.run(second.add(prompt())) == 5 * TOKENS
 
 
 def test_a_piece_that_is_missing_is_a_block_that_is_missing(
@@ -395,6 +402,7 @@ def test_the_plug_in_makes_the_name_known(configure: Callable[..., Any], node: N
         ({"algorithm": "xxhash"}, "prefix-caching-hash-algo"),
         ({"extra": {"blocks_per_chunk": 2}}, "blocks_per_chunk"),
         ({"extra": {"block_size": 32}}, "block_size"),
+        ({"extra": {"sync_load_budget_bytes": 1 << 30}}, "sync_load_budget_bytes"),
         ({"extra": {"get_timeuot": 1}}, "get_timeout"),
         ({"extra": {"spec_name": "CPUOffloadingSpec"}}, "spec_name"),
     ],

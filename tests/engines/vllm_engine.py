@@ -1,8 +1,9 @@
 """vLLM's real scheduler, and its workers' connectors, around a model that writes made-up keys and values.
 
 The model is the only thing that is not vLLM's: for every token that a step computes it writes into each
-layer's page what :func:`content` makes of the layer and of all tokens up to that one, as attention would. So
-a block that was loaded is right if, and only if, it is what would have been computed: :meth:`Engine.check`.
+layer's page what :func:`content` makes of the layer and of all tokens up to that one, as attention would.
+What it attends to is compared with that, every byte of it at every step; it answers with another token if
+anything is not the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -37,6 +39,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole  # noqa
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.utils.hashing import get_hash_fn_by_name  # noqa: E402
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
@@ -53,6 +56,8 @@ TOKENS = 16  # of a block
 HEADS, CONTENT = 4, 32  # of one worker; values of two bytes
 PAGE = HEADS * TOKENS * CONTENT * 2  # bytes of a block in one layer
 LAYERS = 2  # of a cache group
+ANSWER = 7  # the token that the model says,
+WRONG = 8  # and this one, if anything that it attends to is not what it should be
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,7 +83,9 @@ def model_folder(folder: Path) -> str:
 
 
 def vllm_config(model: str, transfer: dict[str, Any], *, layout: str = "BLHNC", **options: Any) -> Any:
-    """A real VllmConfig. ``options``: tp, rank, dtype, revision, algorithm (of block hashes)."""
+    """A real VllmConfig. ``options``: tp, dtype, revision, algorithm (of block hashes), ahead
+    (asynchronous scheduling).
+    """
     config = VllmConfig(
         model_config=ModelConfig(
             model=model,
@@ -100,7 +107,7 @@ def vllm_config(model: str, transfer: dict[str, Any], *, layout: str = "BLHNC", 
             max_model_len=2048,
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
-            async_scheduling=False,
+            async_scheduling=options.get("ahead", False),
         ),
         parallel_config=ParallelConfig(
             tensor_parallel_size=options.get("tp", 1), distributed_executor_backend="mp"
@@ -198,16 +205,22 @@ class Engine:
         hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         self.caches = cache_config(blocks, config.cache_config.kv_cache_layout, windows)
         config.cache_config.num_gpu_blocks = blocks
-        self.scheduler = Scheduler(
+        self.ahead = config.scheduler_config.async_scheduling
+        self.scheduler = (AsyncScheduler if self.ahead else Scheduler)(
             config, self.caches, StructuredOutputManager(config), block_size=TOKENS, hash_block_size=TOKENS
         )
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(TOKENS, hash_function)
         self.workers = [Worker(config, self.caches, rank) for rank in range(tp)]
         self.aggregator = KVOutputAggregator(tp)
-        self.computed: dict[str, int] = {}  # tokens of each request that the model wrote
-        self.tokens: dict[str, list[int]] = {}  # of each, those that it said, too
+        self.computed: dict[str, int] = {}  # tokens of each request's prompt that the model wrote
+        self.prompts: dict[str, list[int]] = {}
         self.done: dict[str, Any] = {}
+        self.attended = {
+            True: 0,
+            False: 0,
+        }  # steps of requests, by whether all that they attended to was right
+        self.outputs: deque[tuple[Any, ModelRunnerOutput]] = deque()  # that the scheduler has not seen
         self.before_transfers: Callable[[], object] | None = None
         self._number = 0
 
@@ -222,7 +235,7 @@ class Engine:
     def add(self, prompt: Sequence[int], *, answer: int = 2, **options: Any) -> str:
         name = f"request-{self._number}"
         self._number += 1
-        self.tokens[name] = list(prompt)
+        self.prompts[name] = list(prompt)
         self.computed[name] = 0
         request = Request(
             request_id=name,
@@ -252,22 +265,31 @@ class Engine:
             request = self.scheduler.requests[name]
             start = request.num_computed_tokens - count
             self._compute(name, start, count)
-            sampled.append([7] if start + count >= request.num_tokens else [])
+            right = self._is_right(name, start + count)
+            self.attended[right] += 1
+            token = ANSWER if right else WRONG
+            sampled.append([token] if start + count >= request.num_tokens else [])
         outputs = [worker.end(out) for worker in self.workers]
         for output in outputs:
             output.sampled_token_ids = sampled
         result = self.aggregator.aggregate(outputs, 0)
         assert result is not None
-        answers = self.scheduler.update_from_output(out, result)
-        for answer in (a for group in answers.values() for a in group.outputs):
-            self.tokens[answer.request_id] += answer.new_token_ids
+        self.outputs.append((out, result))
+        if not self.ahead or len(self.outputs) == 2:
+            self.scheduler.update_from_output(*self.outputs.popleft())
         if not out.num_scheduled_tokens:
             time.sleep(0.001)  # the engine's thread has nothing to do; transfers have
         return out
 
+    def _tokens(self, name: str, count: int) -> list[int]:
+        """The first of a request's prompt and answer."""
+        prompt = self.prompts[name]
+        return (prompt + [ANSWER] * (count - len(prompt)))[:count]
+
     def _compute(self, name: str, start: int, count: int) -> None:
-        tokens, blocks = self.tokens[name], self.scheduler.kv_cache_manager.get_block_ids(name)
-        self.computed[name] += count
+        blocks = self.scheduler.kv_cache_manager.get_block_ids(name)
+        tokens = self._tokens(name, start + count)
+        self.computed[name] += max(0, min(start + count, len(self.prompts[name])) - start)
         for group, ids in zip(self.caches.kv_cache_groups, blocks, strict=True):
             for layer in group.layer_names:
                 for place in range(start, start + count):
@@ -278,10 +300,11 @@ class Engine:
                             layer, worker.rank, tokens[: place + 1]
                         )
 
-    def check(self, name: str) -> int:
-        """Every key and value that a running request attends to is the right one. How many were compared."""
-        tokens, compared = self.tokens[name], 0
-        count = self.scheduler.requests[name].num_computed_tokens
+    def _is_right(self, name: str, count: int) -> bool:
+        """Whether every key and value is the right one that the request's first tokens have, as far as its
+        windows reach.
+        """
+        tokens = self._tokens(name, count)
         blocks = self.scheduler.kv_cache_manager.get_block_ids(name)
         for group, ids in zip(self.caches.kv_cache_groups, blocks, strict=True):
             window = getattr(group.kv_cache_spec, "sliding_window", None) or count
@@ -291,25 +314,21 @@ class Engine:
                         found = worker.caches[layer].view(torch.int16)[
                             ids[place // TOKENS], :, place % TOKENS
                         ]
-                        assert torch.equal(found, content(layer, worker.rank, tokens[: place + 1])), (
-                            f"{name}, {layer}, worker {worker.rank}, token {place}"
-                        )
-                        compared += 1
-        return compared
+                        if not torch.equal(found, content(layer, worker.rank, tokens[: place + 1])):
+                            return False
+        return True
 
     def run(self, name: str, seconds: float = 60.0) -> int:
-        """Until the request is over; checks what it attends to whenever it runs. How many of its prompt's
-        tokens were loaded instead of computed.
+        """Until the request is over, with an answer that comes of nothing but right keys and values. How many
+        of its prompt's tokens were loaded instead of computed.
         """
-        compared, end, request = 0, time.monotonic() + seconds, self.done[name]
+        end, request = time.monotonic() + seconds, self.done[name]
         while not request.is_finished():
             assert time.monotonic() < end, f"{name} is {request.status} after {seconds:g} s"
-            out = self.step()
-            if name in out.num_scheduled_tokens and not request.is_finished():
-                compared += self.check(name)
+            self.step()
         assert request.status.name == "FINISHED_LENGTH_CAPPED"
-        assert compared
-        return len(self.tokens[name]) - 1 - self.computed[name]
+        assert list(request.output_token_ids) == [ANSWER] * request.max_tokens
+        return len(self.prompts[name]) - self.computed[name]
 
     def settle(self, seconds: float = 60.0) -> None:
         """Steps until no transfer is under way."""
