@@ -114,20 +114,26 @@ def test_a_page_counts_only_with_all_of_its_pieces(node: NodeThread) -> None:
         assert storage.batch_exists(keys) == 3
 
 
-def test_more_than_a_node_has_room_for_is_not_claimed(start_node: StartNode) -> None:
-    node = start_node(memory=4 * MIB, slab_bytes=2 * MIB)
-    pool = host.mha_pool(heads=16, dim=128, layers=4)  # pages of 128 KiB
-    keys = host.hashes(32)
-    host.fill(pool, 1)
-    with host.backend(node, pool, settings={"put_timeout": 0.5}) as storage:
-        slots = host.slots(pool, list(range(32)))
-        kept = storage.batch_set_v1(keys, slots)
-        assert len(kept) == 32
-        want = host.pages_at(pool, slots)
-        host.wipe(pool)
-        found = storage.batch_get_v1(keys, slots)
-        for i, there in enumerate(found):
-            assert not there or host.pages_at(pool, slots)[i] == want[i]
+def test_of_a_node_that_evicts_every_page_is_right_or_missing(start_node: StartNode) -> None:
+    node = start_node(memory=4 * MIB, slab_bytes=MIB)
+    pool = host.mha_pool(heads=16, dim=128, layers=4)  # pages of 128 KiB: the node has room for fewer than 32
+    want: dict[str, bytes] = {}
+    hits = misses = 0
+    with host.backend(node, pool, settings={"put_timeout": 2.0}) as storage:
+        for turn in range(6):
+            keys, slots = host.hashes(8, seed=turn), host.slots(pool, list(range(8)))
+            host.fill(pool, turn)
+            want |= zip(keys, host.pages_at(pool, slots), strict=True)
+            assert len(storage.batch_set_v1(keys, slots)) == 8
+            for start in range(0, len(want), 16):
+                some = list(want)[start : start + 16]
+                into = host.slots(pool, list(range(16, 16 + len(some))))
+                found = storage.batch_get_v1(some, into)
+                for key, there, page in zip(some, found, host.pages_at(pool, into), strict=True):
+                    assert not there or page == want[key]
+                    hits, misses = hits + there, misses + (not there)
+    assert hits
+    assert misses
 
 
 # --- nothing but its own ---
@@ -232,6 +238,23 @@ def test_a_dead_node_is_a_miss_until_it_is_back(start_process: Callable[..., Nod
         node.start()
         until(lambda: all(storage.batch_set_v1(keys, where)), 30, "the node taken again")
         assert storage.batch_exists(keys) == 3
+
+
+def test_what_is_kept_on_flash_outlives_the_node(
+    start_process: Callable[..., NodeProcess], tmp_path: Path
+) -> None:
+    node = start_process(memory=8 * MIB, slab_bytes=MIB, flash=f"{tmp_path / 'flash'}:24M")
+    ours, theirs = host.mha_pool(), host.mha_pool()
+    host.fill(ours, 1)
+    keys, out, into = host.hashes(6), host.slots(ours, list(range(6))), host.slots(theirs, list(range(9, 15)))
+    with host.backend(node, ours, settings={"durability": "flash"}) as storage:
+        assert storage.batch_set_v1(keys, out) == [True] * 6
+        node.kill()
+    node.start()
+    with host.backend(node, theirs) as storage:
+        until(lambda: storage.batch_exists(keys) == 6, 30, "flash scanned")
+        assert storage.batch_get_v1(keys, into) == [True] * 6
+    assert host.pages_at(theirs, into) == host.pages_at(ours, out)
 
 
 # --- mistakes ---
