@@ -20,6 +20,9 @@ from tests.nodes import address_of, until
 torch = pytest.importorskip("torch", reason="torch is not installed: script/test --engines brings it")
 pytest.importorskip("vllm", reason="vllm is not installed: script/test --engines brings it")
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (  # noqa: E402
+    OffloadingWorkerMetadata,
+)
 from vllm.v1.kv_offload.base import (  # noqa: E402
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -29,7 +32,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 )
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory  # noqa: E402
 
-from memkv.connectors.vllm_gpu import FACTS, SPEC  # noqa: E402
+from memkv.connectors.vllm_gpu import FACTS, SPEC, MemKVWorkerMetadata  # noqa: E402
 from memkv.connectors.vllm_gpu_worker import MemKVResult, piece_key  # noqa: E402
 from memkv.connectors.vllm_outcomes import Outcomes  # noqa: E402
 
@@ -191,3 +194,11 @@ def test_only_what_a_node_keeps_is_stored() -> None:
     status = np.array(list(Status), np.uint8)
     good = Outcomes("store").good(Ticket(done=True, status=status), len(status))
     assert {Status(s) for s in status[good]} == kept
+
+
+def test_what_several_workers_say_of_a_job_is_put_together() -> None:
+    one = MemKVWorkerMetadata({1: 1}, failed={5: [2]})
+    other = MemKVWorkerMetadata({1: 1, 2: 1}, failed={5: [0, 2], 6: [1]})
+    both = one.aggregate(other).aggregate(OffloadingWorkerMetadata({2: 1}))
+    assert both.completed_jobs == {1: 2, 2: 2}
+    assert both.failed == {5: [0, 2], 6: [1]}
