@@ -33,7 +33,7 @@ from .ttft_shapes import Shape, find
 from .ttft_worker import Computed, Job, Restored, work
 
 SECONDS = 3600.0  # for one answer of a process
-TOKENS = {"tiny": (128, 512)}  # what is measured unless --tokens says so
+TOKENS = {"tiny": (64, 256)}  # what is measured unless --tokens says so
 OTHER_TOKENS = (512, 1024, 2048)
 CHUNKS = {"numpy": 256, "torch": 256, "cuda": 2048}
 THREADS = {"tiny": 1}  # of its small products, several threads mostly wait for one another
@@ -161,9 +161,11 @@ class _Ttft:
         self._store: FlashRig | None = None
         self._nodes: Nodes | None = None
         self._processes: dict[str, Child] = {}
+        self._started: set[str] = set()
         self._connected: set[str] = set()
 
     def run(self) -> None:
+        self._launch("writer")  # starts while the node does
         if self.settings.flash:
             least = room(self._all, self._block_bytes)
             store = FlashRig(self.settings.flash, least, force=self.settings.force, steps=self.steps)
@@ -181,17 +183,24 @@ class _Ttft:
         rng = np.random.default_rng([self.settings.seed, number, tokens])
         return rng.integers(0, self.job.shape.vocab, tokens)
 
-    def _process(self, name: str) -> Child:
-        """A process of this name: started when it is first asked for, and connected."""
-        assert self._nodes is not None
+    def _launch(self, name: str) -> Child:
+        """A process of this name, which may still be about to start."""
         if name not in self._processes:
-            self.steps.now(f"drawing weights for {name}")
             self._processes[name] = Child(work, self.job)
-            self._processes[name].ask(timeout=SECONDS)
-        if name not in self._connected:
-            self.head |= self._processes[name].ask(("open", self._nodes.addresses), SECONDS)
-            self._connected.add(name)
         return self._processes[name]
+
+    def _process(self, name: str) -> Child:
+        """The same, started and connected."""
+        assert self._nodes is not None
+        child = self._launch(name)
+        if name not in self._started:
+            self.steps.now(f"drawing weights for {name}")
+            child.ask(timeout=SECONDS)
+            self._started.add(name)
+        if name not in self._connected:
+            self.head |= child.ask(("open", self._nodes.addresses), SECONDS)
+            self._connected.add(name)
+        return child
 
     def _compute(self, prompts: Sequence[Tokens]) -> list[Computed]:
         writer, out = self._process("writer"), []

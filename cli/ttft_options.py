@@ -35,7 +35,7 @@ ttft_options = _stack(
         callback=lengths,
         metavar="N,…",
         default="",
-        help="Lengths of prompts. [tiny: 128,512; else 512,1024,2048]",
+        help="Lengths of prompts. [tiny: 64,256; else 512,1024,2048]",
     ),
     click.option("--block-tokens", type=click.IntRange(1, 4096), default=16, help="Of a block. [16]"),
     click.option("--chunk", type=click.IntRange(1), help="Tokens computed at once. [256; cuda: 2048]"),
