@@ -115,6 +115,8 @@ class Machine(FlashSpace):
         self.drop_tables()
 
     def serve_segments(self) -> bool:
+        assert self.store is not None
+        self.store.sharing.look()  # a node does so now and then: patience ends
         self.tenant.grow()
         return False
 
