@@ -117,10 +117,19 @@ setup(
     ],
     extras_require={
         "gpu": ["cupy-cuda12x>=13"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "xxhash>=3.4"],
+        "plot": ["matplotlib>=3.7"],
+        "dev": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.7",
+            "mypy>=1.10",
+            "pytest>=8",
+            "ruff>=0.6",
+            "xxhash>=3.4",
+        ],
     },
     entry_points={
         "console_scripts": ["memkv-node=memkv.cli.node:main", "memkv-bench=memkv.cli.bench:main"],
+        "vllm.general_plugins": ["memkv=memkv.connectors.vllm_plugin:register"],
     },
     zip_safe=False,
 )

@@ -74,6 +74,12 @@ def read_secret(secret: bytes | str | None, file: str | os.PathLike[str] | None)
     return os.environ.get("MEMKV_SECRET", "").encode()
 
 
+def _exactly(slices: Slices, status: Statuses, lengths: npt.NDArray[np.uint32]) -> Statuses:
+    """Statuses with which only blocks that fill their slices are HITs."""
+    status[(status == Status.HIT) & (lengths != slices["length"])] = Status.ERROR_LENGTH
+    return status
+
+
 class Peer:
     """A connection to one or more nodes, for one namespace. Use :func:`memkv.connect`."""
 
@@ -283,6 +289,7 @@ class Peer:
         *,
         timeout: float | None = None,
         checksum: bool | None = None,
+        exact: bool = False,
         lengths: npt.NDArray[np.uint32] | None = None,
         stream: Any = None,
     ) -> Statuses:
@@ -293,6 +300,7 @@ class Peer:
         :param timeout: seconds for the batch; the peer's default if None.
         :param checksum: verify payloads too; by default as the peer was made. Key, length, generation and
             time are always verified.
+        :param exact: a block that does not fill its slice is ERROR_LENGTH, and not a HIT.
         :param lengths: (n,) uint32, receives the length of each HIT in bytes.
         :param stream: a CUDA stream (of CuPy or torch, or its handle) on which slices may still be in use:
             nothing is written into them before the work that it has now is over.
@@ -312,7 +320,7 @@ class Peer:
             status, found = self._gets.run(batch, self._seconds(timeout)).status, batch.lengths
         if lengths is not None:
             lengths[:] = found
-        return status
+        return _exactly(slices, status, found) if exact else status
 
     def stage(self, keys: Any, *, timeout: float | None = None) -> Statuses:
         """Has the nodes bring blocks that they hold in flash into memory, without fetching them: what an
@@ -391,29 +399,33 @@ class Peer:
         slices: Slices,
         *,
         timeout: float | None = None,
+        exact: bool = False,
         stream: Any = None,
         tag: object = None,
         then: Then | None = None,
     ) -> Ticket:
         """Starts a get. See :meth:`get_into`; slices are the batch's until its ticket is done."""
-        work = self._get_async(as_keys(keys), slices, self._seconds(timeout), self.checksum, stream)
+        t = self._seconds(timeout)
+        work = self._get_async(as_keys(keys), slices, t, self.checksum, stream, exact)
         return self._submit(work, tag, then)
 
     def _get_async(
-        self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any
+        self, keys: Keys, slices: Slices, seconds: float, checksum: bool, stream: Any, exact: bool = False
     ) -> Coroutine[Any, Any, Statuses]:
         """A get for the control thread. What it needs of the caller's thread is done here and now."""
         if self._gpu.concerns(slices, stream):
             start = self._gpu.get(keys, slices, seconds, checksum, stream)
 
             async def gpu_work() -> Statuses:
-                return (await start())[0]
+                status, lengths = await start()
+                return _exactly(slices, status, lengths) if exact else status
 
             return gpu_work()
-        return self._run_async(Batch(keys, slices, checksum, False), seconds)
+        return self._run_async(Batch(keys, slices, checksum, False), seconds, exact)
 
-    async def _run_async(self, batch: Batch, seconds: float) -> Statuses:
-        return (await self._gets.run_async(batch, seconds)).status
+    async def _run_async(self, batch: Batch, seconds: float, exact: bool = False) -> Statuses:
+        await self._gets.run_async(batch, seconds)
+        return _exactly(batch.slices, batch.status, batch.lengths) if exact else batch.status
 
     def _put_async(
         self,

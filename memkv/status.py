@@ -53,7 +53,7 @@ _TEXT = {
     Status.COLD: "held in flash only, and not staged in time",
     Status.ERROR_LINK: "the connection to the node broke under way",
     Status.ERROR_UNREACHABLE: "the node is not connected; it will be tried again by itself",
-    Status.ERROR_LENGTH: "the slice is shorter than the block, or the namespace refuses this length",
+    Status.ERROR_LENGTH: "the slice has not the block's length, or the namespace refuses it",
     Status.ERROR_BOUNDS: "the slice is not inside a registered buffer",
     Status.ERROR_TOO_LARGE: "longer than the namespace's blocks, or than the node's memory",
     Status.ERROR_FULL: "the node has no room, and nothing that it may evict in time",

@@ -339,6 +339,8 @@ def test_lengths_vary_and_are_told(peer: Peer) -> None:
     for row, key, length in zip(blocks.memory, keys, lengths, strict=True):
         assert np.array_equal(row[:length], blocks_of(key.reshape(1, 16))[0, :length])
         assert not row[length:].any()
+    exact = peer.get_into(keys, blocks.slices, exact=True)
+    assert exact.tolist() == [Status.ERROR_LENGTH] * (len(keys) - 1) + [HIT]
 
 
 def test_given_checksums_are_held_against_what_arrives(peer: Peer) -> None:

@@ -172,7 +172,7 @@ class Site:
                     keys, slices, timeout=settings.put_timeout, durability=settings.durability, then=done
                 )
             else:
-                peer.submit_get(keys, slices, timeout=settings.get_timeout, then=done)
+                peer.submit_get(keys, slices, timeout=settings.get_timeout, exact=True, then=done)
 
         def run(peer: Peer) -> None:
             assert self._regions is not None

@@ -301,7 +301,11 @@ class PrefixStore:
         """How many of them, from the first on, are in the buffer."""
         try:
             status = self.peer.get_into(
-                keys, self._slices[: len(keys)], timeout=self.settings.get_timeout, stream=self._stream()
+                keys,
+                self._slices[: len(keys)],
+                timeout=self.settings.get_timeout,
+                exact=True,
+                stream=self._stream(),
             )
         except LocalError:
             raise
