@@ -37,6 +37,7 @@ from .registering import Registry
 from .requests import Make, Requests
 from .session import Session, Settings
 from .staging import MESSAGE_KEYS
+from .status import Status
 from .store import messages as m
 from .tickets import Then, Ticket
 from .touches import Touches

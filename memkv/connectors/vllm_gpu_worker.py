@@ -183,7 +183,7 @@ class MemKVWorker(OffloadingWorker):
                 done(Ticket(done=True, status=np.empty(0, np.uint8)))
             elif is_load:
                 self._peer.submit_get(
-                    keys, slices, timeout=self._settings.get_timeout, stream=stream, then=done
+                    keys, slices, timeout=self._settings.get_timeout, exact=True, stream=stream, then=done
                 )
             else:
                 self._peer.submit_put(

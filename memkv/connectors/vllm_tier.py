@@ -114,7 +114,7 @@ class MemKVTier(SecondaryTierManager):
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         self._loading[job_metadata.job_id] = list(job_metadata.keys)
-        self._submit(job_metadata, self._settings.get_timeout)
+        self._submit(job_metadata, self._settings.get_timeout, exact=True)
 
     def _submit(self, job: TransferJob, timeout: float, **options: Any) -> None:
         """Starts a job; whatever becomes of it is in ``_results`` in the end."""
