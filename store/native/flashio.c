@@ -21,6 +21,7 @@
 #define MAX_TRIES       1000u /* a device that is never ready is broken */
 #define DEFAULT_THREADS 8u
 #define READ_TURNS      4u /* one of so many places goes to a write while reads wait too */
+#define WINDOW_BYTES    (8ull << 20)
 
 /* --- the end of a request --- */
 
@@ -46,11 +47,19 @@ static int is_write(const struct mkv_io *io) {
     return io->op == MKV_IO_WRITE || io->op == MKV_IO_DISCARD;
 }
 
+static void account(struct mkv_device *dev, const struct mkv_io *io, uint64_t sign) {
+    if (io->op == MKV_IO_READ)
+        dev->read_bytes += sign * io->length;
+    else if (io->op == MKV_IO_WRITE)
+        dev->write_bytes += sign * io->length;
+}
+
 void mkv_task_over(struct mkv_flashio *f, struct mkv_task *t, int result) {
     struct mkv_device *dev = &f->devices[t->device];
     struct mkv_io *io = t->io;
     if (is_write(io))
         dev->writing--;
+    account(dev, io, -1ull);
     if (io->op == MKV_IO_FLUSH)
         dev->flushing = 0;
     mkv_count(&f->stats.under_way, -1ull);
@@ -96,8 +105,9 @@ static struct mkv_io *next_io(struct mkv_device *dev) {
         dev->flushes.head = 0;
         return all;
     }
-    int read = dev->reads.head != 0;
-    int write = dev->writes.head != 0 && dev->writing < dev->places - dev->places / 4;
+    int read = dev->reads.head != 0 && dev->read_bytes < WINDOW_BYTES;
+    int write = dev->writes.head != 0 && dev->write_bytes < WINDOW_BYTES &&
+                dev->writing < dev->places - dev->places / 4;
     if (read && write)
         read = ++dev->turn % READ_TURNS != 0;
     return read ? mkv_pop(&dev->reads) : write ? mkv_pop(&dev->writes) : 0;
@@ -116,6 +126,7 @@ static void start(struct mkv_flashio *f, uint32_t device, struct mkv_io *io) {
         mkv_count(&f->stats.waiting, -1ull);
     if (is_write(io))
         dev->writing++;
+    account(dev, io, 1);
     if (io->op == MKV_IO_FLUSH)
         dev->flushing = 1;
     mkv_count(&f->stats.under_way, 1);

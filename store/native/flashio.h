@@ -14,6 +14,11 @@
  * write; and writes (discards with them) never hold more than three quarters of the places, so that a burst
  * of write-behind leaves room for a read that comes late. Flushes go first, and one flush serves all that
  * waited for it.
+ *
+ * A device is given no more than 8 MiB of reads at once, and as much of writes (but one of each in any case):
+ * what the fastest drive of today moves in half a millisecond. It works on all that it has at the same time,
+ * so with more it would be no quicker, and the first to have asked would be answered when the last is: no
+ * block could cross the wire while others are being read.
  */
 #ifndef MKV_FLASHIO_H
 #define MKV_FLASHIO_H

@@ -64,6 +64,7 @@ struct mkv_device {
     int is_block;
     uint32_t align; /* of spans */
     uint32_t places, writing, turn;
+    uint64_t read_bytes, write_bytes; /* of what is under way */
     int flushing;
     struct mkv_queue reads, writes, flushes; /* waiting */
     struct mkv_task *tasks, *free;

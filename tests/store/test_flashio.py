@@ -382,6 +382,28 @@ def test_hanging_writes_leave_places_for_reads(engine: Engine, in_background: Ca
     assert not any(io.result for io in written)
 
 
+@pytest.mark.parametrize(("length", "at_once"), [(2 * MIB, 4), (3 * MIB, 3), (12 * MIB, 1)])
+@pytest.mark.parametrize("op", [READ, WRITE])
+def test_a_device_is_given_so_many_bytes_at_once(
+    make_engine: Callable[..., Engine],
+    in_background: Callable[..., Any],
+    tmp_path: Path,
+    op: int,
+    length: int,
+    at_once: int,
+) -> None:
+    engine = make_engine(memory=12 * MIB)
+    engine.open(make_file(tmp_path, 12 * MIB))
+    engine.fault(HELD, op=op)
+    in_background(engine, [(op, 0, 0, 0, length) for _ in range(20)])
+    while engine.stats().waiting != 20 - at_once:
+        time.sleep(0.001)
+    assert engine.stats().under_way == at_once
+    other = WRITE if op == READ else READ  # has a share of its own
+    assert engine.run(other, 0, 0, 0, MIB) == 0
+    lib.mkv_flashio_fault_clear(engine.f)
+
+
 def test_a_device_that_hangs_stalls_no_other_and_is_seen(
     engine: Engine, in_background: Callable[..., Any], tmp_path: Path
 ) -> None:
