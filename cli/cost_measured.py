@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ..rdma.errors import LocalError
-from .cost_shapes import Shape
+from .shapes import Shape
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ..rdma.errors import LocalError
-from . import cost_measured, cost_shapes
+from . import cost_measured, shapes
 from .bench_options import size
 from .cost_setup import GPUS, Setup, hbm_kv
 from .cost_work import Work
@@ -175,9 +175,7 @@ def take(flags: dict[str, Any]) -> CostOptions | None:
 def setup_of(options: CostOptions, work: Work) -> Setup:
     """All assumptions: defaults, measured figures over them, flags over both."""
     measured = cost_measured.load(options.measured) if options.measured else None
-    shape = (
-        measured.shape if measured and not options.model else cost_shapes.load(options.model or DEFAULT_MODEL)
-    )
+    shape = measured.shape if measured and not options.model else shapes.find(options.model or DEFAULT_MODEL)
     gpu, given = GPUS[options.gpu], {k: v for k, v in options.numbers.items() if v is not None}
     gpus = given.get("gpus", 1 if measured else 8)
     setup = Setup(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..rdma.errors import LocalError
-from .cost_shapes import Shape
+from .shapes import Shape
 from .trace import BLOCK_TOKENS
 
 CASES = ("none", "hbm", "host", "memkv")
@@ -96,7 +96,7 @@ class Setup:
     @property
     def block_bytes(self) -> int:
         """Bytes of KV cache of one of the trace's blocks."""
-        return self.shape.kv_bytes * BLOCK_TOKENS
+        return self.shape.kv_bytes() * BLOCK_TOKENS
 
     def blocks(self, nbytes: int) -> int:
         """How many blocks fit."""
@@ -134,7 +134,7 @@ class Setup:
     def _lines(self) -> Iterator[tuple[str, Any, str, str]]:
         s, g = self.shape, self.gpu
         yield "model", s.name, f"{s.params / 1e9:.4g} G parameters", "--model"
-        yield "kv_bytes", s.kv_bytes, "B a token", "2 · layers · KV heads · head dim · bytes of an element"
+        yield "kv_bytes", s.kv_bytes(), "B a token", "2 · layers · KV heads · head dim · bytes of an element"
         yield "block", self.block_bytes / 1e6, f"MB of {BLOCK_TOKENS} tokens", "the trace's blocks"
         yield "gpu", self.gpu_name, f"{self.gpus} a replica", "--gpu, --gpus"
         yield "replicas", self.replicas, "of the model", "the fewest that no reuse keeps busy for 0.8"

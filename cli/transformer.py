@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..rdma.memory import HostMemory
-from .ttft_shapes import Shape
+from .shapes import Shape
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]

@@ -27,9 +27,9 @@ from ..rdma.errors import LocalError
 from .cluster import Child, Nodes, Wish, arena_bytes
 from .flash_rig import FlashRig, room
 from .report import Steps, print_result
+from .shapes import Shape, find
 from .transformer import Tokens, restorable
 from .ttft_report import NOTES, Result, Way, busy, compare, lines, report, table_rows
-from .ttft_shapes import Shape, find
 from .ttft_worker import Computed, Job, Restored, work
 
 SECONDS = 3600.0  # for one answer of a process

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .report import Row, _round
-from .ttft_shapes import Shape
+from .shapes import Shape
 from .ttft_worker import Computed, Restored
 
 WAYS = ("memory", "flash")

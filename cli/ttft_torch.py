@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..rdma.errors import LocalError
+from .shapes import Shape
 from .transformer import Floats, Tokens, chunks, draw
-from .ttft_shapes import Shape
 
 try:
     import torch

@@ -25,8 +25,8 @@ from .cluster import Wish
 from .flash_rig import FlashStats
 from .lanes import TIMEOUT
 from .rig import heading, open_peer
+from .shapes import Shape
 from .transformer import Tokens, restorable
-from .ttft_shapes import Shape
 
 BACKENDS = ("numpy", "torch", "cuda")
 LAYOUT = "layer,kv,head,token,dim"  # of the values in a block

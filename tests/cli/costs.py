@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from memkv.cli import cost_work, trace
 from memkv.cli.cost_setup import GPUS, Setup
-from memkv.cli.cost_shapes import LLAMA_3_8B
+from memkv.cli.shapes import LLAMA_3_8B
 
 TRACE = Path(__file__).resolve().parents[3] / "shared" / "data" / "conversation_trace.jsonl"
 needs_trace = pytest.mark.skipif(
     not TRACE.exists(), reason="Mooncake's conversation_trace.jsonl is not beside the checkout (shared/data)"
 )
-BLOCK = LLAMA_3_8B.kv_bytes * trace.BLOCK_TOKENS
+BLOCK = LLAMA_3_8B.kv_bytes() * trace.BLOCK_TOKENS
 
 SMALL = Setup(
     shape=LLAMA_3_8B,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memkv.cli import cost_measured
 from memkv.cli.cost_measured import fit
-from memkv.cli.cost_shapes import LLAMA_3_8B
+from memkv.cli.shapes import LLAMA_3_8B
 from memkv.rdma.errors import LocalError
 
 RATE, START = 400e12, 0.004
@@ -26,7 +26,7 @@ def ttft(**changes: Any) -> dict[str, Any]:
     fields = ("layers", "kv_heads", "head_dim", "hidden", "intermediate", "heads", "vocab", "dtype_bytes")
     rows = []
     for tokens in (1024, 4096, 16384):
-        nbytes = tokens * shape.kv_bytes
+        nbytes = tokens * shape.kv_bytes()
         rows.append(
             {
                 "tokens": tokens,

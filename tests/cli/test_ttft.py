@@ -14,10 +14,9 @@ import pytest
 
 from memkv.cli import ttft_report
 from memkv.cli.cluster import Wish
+from memkv.cli.shapes import SHAPES, Shape
 from memkv.cli.transformer import NumpyModel, chunks, draw, restorable
-from memkv.cli.ttft_shapes import SHAPES, Shape, find, from_config
 from memkv.cli.ttft_worker import Computed, Job, Restored, Worker
-from memkv.rdma.errors import LocalError
 
 from ..nodes import StartNode, address_of
 
@@ -33,56 +32,7 @@ def prompt(tokens: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.random.default_rng([seed, tokens]).integers(0, SMALL.vocab, tokens)
 
 
-# --- shapes ---
-
-
-def test_shapes_by_name_are_those_of_their_configurations() -> None:
-    eight = find("llama-3-8b")
-    assert eight.kv_bytes(1, 2) == 128 << 10
-    assert round(eight.weights / 1e9, 2) == 8.03  # as its model card says, norms aside
-    assert round(find("llama-3-70b").weights / 1e9, 1) == 70.6
-
-
-def test_a_shape_from_a_configuration(tmp_path: Path) -> None:
-    config = {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-
-    for name in (tmp_path, tmp_path / "config.json"):
-        shape = find(str(name))
-        assert (shape.layers, shape.kv_heads, shape.head_dim, shape.rope_theta) == (16, 8, 64, 500000.0)
-    assert from_config(config | {"head_dim": 128}, "m").head_dim == 128
-
-
-def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
-    dense = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "vocab_size": 128,
-    }
-    for more, why in (
-        ({"num_local_experts": 8}, "mixture of experts"),
-        ({"kv_lora_rank": 512}, "latent"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"num_key_value_heads": 3}, "KV heads"),
-        ({"hidden_size": None}, "hidden_size"),
-    ):
-        with pytest.raises(LocalError, match=why):
-            from_config(dense | more, "m")
-    with pytest.raises(LocalError, match="llama-3-8b"):
-        find(str(tmp_path / "nothing"))
-    with pytest.raises(LocalError, match="80 layers"):
-        find("llama-3-70b").cut(81)
+# --- arithmetic ---
 
 
 def test_flops_are_those_of_the_multiplications() -> None:
@@ -94,7 +44,7 @@ def test_flops_are_those_of_the_multiplications() -> None:
     attention = sum(2 * 2 * s.heads * s.head_dim for query in range(tokens) for key in range(query + 1))
     assert s.prefill_flops(tokens) == s.layers * (linear + attention) + 2 * s.hidden * s.vocab
     head = 2 * s.hidden * s.vocab
-    assert s.prefill_flops(16) - head + s.prefill_flops(4, start=16) == s.prefill_flops(20)
+    assert s.prefill_flops(16) - head + s.prefill_flops(4, cached=16) == s.prefill_flops(20)
 
 
 # --- the transformer ---

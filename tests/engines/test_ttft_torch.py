@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from memkv.cli.shapes import Shape
 from memkv.cli.transformer import NumpyModel, Weights, restorable
-from memkv.cli.ttft_shapes import Shape
 
 pytest.importorskip("torch", reason="torch is not installed: script/test --engines brings it")
 pytest.importorskip("transformers", reason="transformers is not installed: script/test --engines brings it")

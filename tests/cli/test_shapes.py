@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from memkv.cli import cost_shapes
 from memkv.cli.cost_setup import GPUS, hbm_kv
-from memkv.cli.cost_shapes import LLAMA_3_8B, LLAMA_3_70B, Shape
+from memkv.cli.shapes import LLAMA_3_8B, LLAMA_3_70B, Shape, find, from_config
 from memkv.rdma.errors import LocalError
 
 from .costs import setup
@@ -27,7 +26,7 @@ TINY = Shape(
     ],
 )
 def test_a_llama_has_its_published_size(shape: Shape, params: int, kv_bytes: int) -> None:
-    assert (shape.params, shape.kv_bytes) == (params, kv_bytes)
+    assert (shape.params, shape.kv_bytes()) == (params, kv_bytes)
 
 
 def test_flops_of_a_prefill_by_hand() -> None:
@@ -91,14 +90,14 @@ def write(path: Path, **changes: object) -> str:
 
 
 def test_a_config_json_is_read(tmp_path: Path) -> None:
-    shape = cost_shapes.load(write(tmp_path / "config.json"))
+    shape = find(write(tmp_path / "config.json"))
     assert shape.params == LLAMA_3_8B.params
-    assert shape.kv_bytes == LLAMA_3_8B.kv_bytes
+    assert shape.kv_bytes() == LLAMA_3_8B.kv_bytes()
     assert shape.name == tmp_path.name
 
 
 def test_tied_embeddings_count_once(tmp_path: Path) -> None:
-    tied = cost_shapes.load(write(tmp_path / "config.json", tie_word_embeddings=True))
+    tied = find(write(tmp_path / "config.json", tie_word_embeddings=True))
     assert tied.params == LLAMA_3_8B.params - 128256 * 4096
 
 
@@ -116,9 +115,51 @@ def test_a_config_that_the_formulas_do_not_fit_is_refused(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(LocalError, match=message):
-        cost_shapes.load(write(tmp_path / "config.json", **changes))
+        find(write(tmp_path / "config.json", **changes))
 
 
 def test_a_model_that_is_not_there_names_the_flag() -> None:
-    with pytest.raises(LocalError, match="--model takes llama-3-8b"):
-        cost_shapes.load("/nowhere/config.json")
+    with pytest.raises(LocalError, match="--model takes tiny, llama-3-8b"):
+        find("/nowhere/config.json")
+
+
+def test_a_shape_from_a_configuration(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    for name in (tmp_path, tmp_path / "config.json"):
+        shape = find(str(name))
+        assert (shape.layers, shape.kv_heads, shape.head_dim, shape.rope_theta) == (16, 8, 64, 500000.0)
+    assert from_config(config | {"head_dim": 128}, "m").head_dim == 128
+
+
+def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
+    dense = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+    }
+    for more, why in (
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"kv_lora_rank": 512}, "latent"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"num_key_value_heads": 3}, "KV heads"),
+        ({"hidden_size": None}, "hidden_size"),
+    ):
+        with pytest.raises(LocalError, match=why):
+            from_config(dense | more, "m")
+    with pytest.raises(LocalError, match="llama-3-8b"):
+        find(str(tmp_path / "nothing"))
+    with pytest.raises(LocalError, match="80 layers"):
+        find("llama-3-70b").cut(81)
