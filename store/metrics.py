@@ -44,6 +44,7 @@ GAUGES = (
     "extents_free",
     "extents_filling",
     "extents_quarantine",
+    "extents_idle",
     "extents_pinned",
     "pinned_bytes",
     "sessions",

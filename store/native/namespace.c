@@ -200,6 +200,7 @@ void mkv_ns_stats(struct mkv_ns *ns, struct mkv_ns_stats *out) {
         out->extents_free += c->free.count;
         out->extents_filling += c->filling;
         out->extents_quarantine += c->quarantine.count;
+        out->extents_idle += c->idle.count;
         out->extents_pinned += c->pinned;
     }
     pthread_mutex_unlock(&ns->lock);

@@ -110,7 +110,7 @@ void mkv_fill_abandon(struct mkv_ns *ns, const struct mkv_fill *fill);
 
 struct mkv_ns_stats { /* gauges, then counters since the namespace was made */
     uint64_t blocks, bytes, slots, buckets, table_version, slabs, extents, extents_free, extents_filling,
-        extents_quarantine, extents_pinned, pinned_bytes, epoch;
+        extents_quarantine, extents_idle, extents_pinned, pinned_bytes, epoch;
     uint64_t puts, put_bytes, duplicates, evictions, evicted_bytes, deletes, touches, lookups, lookup_hits,
         full, displacements, grows, slabs_retired;
 };

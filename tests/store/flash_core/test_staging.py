@@ -269,6 +269,7 @@ def test_what_is_let_go_makes_room_at_once(scan: tuple[FlashSpace, list[bytes]])
         assert space.unstage((key, found)) == 1
         assert space.state(key) == FLASH
     assert space.stats().extents_quarantine == 0
+    assert space.stats().extents_idle == 6
 
 
 def test_what_is_not_let_go_does_not(scan: tuple[FlashSpace, list[bytes]]) -> None:
