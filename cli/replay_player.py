@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 from ..keys import KeySpace, keys_from_ids
+from ..peer import Statuses
 from ..rdma.memory import HostMemory
 from . import pattern
 from .cluster import Wish
@@ -83,13 +85,7 @@ class _Player:
     def _get(self, keys: Keys) -> Sample:
         n = len(keys)
         self.rows[:n, ::8] = 0  # what an earlier request left there is not right any more
-        sample = Sample()
-        start = clock()
-        status = self.peer.get_into(keys, self.slices[:n], timeout=TIMEOUT)
-        sample.ns = clock() - start
-        sample.times_us.append(sample.ns / 1000)
-        sample.judge(status, GOOD_GET)
-        sample.nbytes = sample.hits * self.size
+        sample, status = self._timed(self.peer.get_into, keys, GOOD_GET)
         if self.verify:
             sample.wrong = int(
                 (pattern.wrong(self.rows[:n], keys, self.common) & np.isin(status, GOOD_GET)).sum()
@@ -97,16 +93,19 @@ class _Player:
         return sample
 
     def _put(self, keys: Keys) -> Sample:
-        n = len(keys)
-        pattern.fill(self.rows[:n], keys, self.common)
+        pattern.fill(self.rows[: len(keys)], keys, self.common)
+        return self._timed(self.peer.put_from, keys, GOOD_PUT)[0]
+
+    def _timed(self, call: Callable[..., Statuses], keys: Keys, good: Any) -> tuple[Sample, Statuses]:
+        """One call, timed and judged."""
         sample = Sample()
         start = clock()
-        status = self.peer.put_from(keys, self.slices[:n], timeout=TIMEOUT)
+        status = call(keys, self.slices[: len(keys)], timeout=TIMEOUT)
         sample.ns = clock() - start
         sample.times_us.append(sample.ns / 1000)
-        sample.judge(status, GOOD_PUT)
+        sample.judge(status, good)
         sample.nbytes = sample.hits * self.size
-        return sample
+        return sample, status
 
     def again(self, ids: Sequence[int]) -> Sample:
         """Gets many blocks, batch by batch."""

@@ -20,7 +20,7 @@ from ..connectors.identity import Identity
 from ..keys import Keys, block_keys
 from ..peer import Peer
 from ..rdma.errors import LocalError
-from ..status import Status, describe
+from ..status import Status, describe, kept
 from .cluster import Wish
 from .flash_rig import FlashStats
 from .lanes import TIMEOUT
@@ -172,10 +172,10 @@ class Worker:
             keys, self._slices[: len(keys)], timeout=TIMEOUT, durability=self.job.durability
         )
         out.put_seconds = time.perf_counter() - began
-        kept = (status == Status.STORED) | (status == Status.EXISTS)
-        out.blocks, out.kept = len(keys), int(kept.sum())
-        if not kept.all():
-            out.problem = f"put: {describe(int(status[~kept][0]))}"
+        good = kept(status)
+        out.blocks, out.kept = len(keys), int(good.sum())
+        if not good.all():
+            out.problem = f"put: {describe(int(status[~good][0]))}"
         return out
 
     def restore(self, tokens: Tokens) -> Restored:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
+
 FIRST_ERROR = 16  # statuses >= this are errors: ``statuses >= FIRST_ERROR`` works on a whole array
 
 
@@ -38,6 +41,12 @@ class Status(IntEnum):
     def is_error(self) -> bool:
         """True for a failure with a cause to look into; a miss, or a lost race or deadline, is none."""
         return self >= FIRST_ERROR
+
+
+def kept(status: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """(n,) of a put's statuses: which blocks are held now, whoever brought them."""
+    out: npt.NDArray[np.bool_] = (status == Status.STORED) | (status == Status.EXISTS)
+    return out
 
 
 _TEXT = {

@@ -14,10 +14,23 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 
-from ..keys import Keys, KeySpace, keys_from_digests
+import numpy as np
+
+from ..keys import KEY_BYTES, TAG_BYTES, Keys, KeySpace, keys_from_digests
 from ..rdma.errors import LocalError
 
 READABLE_BYTES = 96  # of a namespace's name, before its digest
+
+
+def piece_mask(content: bytes, person: bytes) -> Keys:
+    """(16,) what a piece's key differs by (exclusive or) from that of its block: a digest of 12 bytes. The
+    placement tag is left alone, so that a block's pieces lie on one node. Keys are as good as random, and so
+    are these: which two are alike is as likely as with digests of their own, at a hundredth of the time.
+    """
+    out = np.zeros(KEY_BYTES, np.uint8)
+    digest = blake2b(content, digest_size=KEY_BYTES - TAG_BYTES, person=person).digest()
+    out[TAG_BYTES:] = np.frombuffer(digest, np.uint8)
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from ..batches import Keys
 from ..gets import prefix
 from ..peer import Statuses
 from ..rdma.errors import LocalError, MemKVError
-from ..status import Status
+from ..status import Status, kept
 from .lmcache_keys import Layout, engine_digest, identity_of, layout_of, layout_of_object
 from .lmcache_sites import Holds, Site, Sites, read_lock_ttl
 from .settings import Settings
@@ -316,15 +316,15 @@ class MemKVStorageBackend(StoragePluginInterface):
         on_complete: OnComplete | None,
         status: Statuses,
     ) -> None:
-        kept = (status == Status.STORED) | (status == Status.EXISTS)
+        good = kept(status)
         with self._lock:
             self._putting.difference_update(key for key, _ in chosen)
         for _, obj in chosen:
             obj.ref_count_down()
-        if not kept.all():
-            log.warning("%d of %d chunks were not stored", len(kept) - int(kept.sum()), len(kept))
+        if not good.all():
+            log.warning("%d of %d chunks were not stored", len(good) - int(good.sum()), len(good))
         if on_complete is not None:
-            done = [chosen[i][0] for i in np.flatnonzero(kept)]
+            done = [chosen[i][0] for i in np.flatnonzero(good)]
             self._soon(partial(_complete, on_complete, done))
 
     # --- the rest ---

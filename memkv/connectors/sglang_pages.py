@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-from ..keys import TAG_BYTES, Keys
+from ..keys import KEY_BYTES, Keys
 from ..rdma.errors import LocalError
+from .identity import piece_mask
 
 Flags = npt.NDArray[np.bool_]
 Meta = Callable[[npt.NDArray[np.int64]], tuple[Sequence[int], Sequence[int]]]
@@ -24,21 +24,16 @@ Meta = Callable[[npt.NDArray[np.int64]], tuple[Sequence[int], Sequence[int]]]
 
 @lru_cache
 def _masks(pieces: int) -> Keys:
-    """(pieces, 16): zero for the first piece, and in front, where the placement tag is."""
-    out = np.zeros((pieces, 16), np.uint8)
+    """(pieces, 16): zero for the first piece."""
+    out = np.zeros((pieces, KEY_BYTES), np.uint8)
     for i in range(1, pieces):
-        digest = blake2b(i.to_bytes(4, "little"), digest_size=16 - TAG_BYTES, person=b"memkv-piece-v1")
-        out[i, TAG_BYTES:] = np.frombuffer(digest.digest(), np.uint8)
+        out[i] = piece_mask(i.to_bytes(4, "little"), b"memkv-piece-v1")
     out.flags.writeable = False
     return out
 
 
 def piece_keys(keys: Keys, pieces: int) -> Keys:
-    """(n · pieces, 16) keys of the pieces of n pages, from the pages' own.
-
-    The pages' keys are as good as random, and so are these: which two of them are alike is as likely as with
-    digests of their own, at a hundredth of the time. They keep the page's tag: a page lies on one node.
-    """
+    """(n · pieces, 16) keys of the pieces of n pages, from the pages' own."""
     if pieces == 1:
         return keys
     return (keys[:, None, :] ^ _masks(pieces)).reshape(-1, 16)

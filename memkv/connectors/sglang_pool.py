@@ -13,7 +13,7 @@ import torch
 
 from ..buffers import SLICE, Slices
 from ..rdma.errors import LocalError, MemKVError
-from ..status import FIRST_ERROR, Status, describe
+from ..status import FIRST_ERROR, Status, describe, kept
 from .identity import Identity
 from .settings import Settings
 from .sglang_pages import Flags, Pieces, pages_of, piece_keys, whole
@@ -72,8 +72,7 @@ class Blocks:
             len(keys),
             lambda: self.peer.put_from(keys, slices, timeout=s.put_timeout, durability=s.durability),
         )
-        kept: Flags = (status == Status.STORED) | (status == Status.EXISTS)
-        return kept
+        return kept(status)
 
     def _statuses(self, what: str, n: int, call: Callable[[], Statuses]) -> Statuses:
         status = self._try(what, call, np.full(n, Status.ERROR_UNREACHABLE, np.uint8))

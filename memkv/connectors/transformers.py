@@ -37,7 +37,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..keys import Keys, block_keys
 from ..rdma.errors import LocalError, MemKVError
-from ..status import Status, describe
+from ..status import Status, describe, kept
 from .settings import Settings
 from .transformers_identity import cache_shape, check, identity, weights_digest
 
@@ -232,7 +232,7 @@ class PrefixStore:
         except MemKVError as error:
             log.warning("put: %s", error)
             return 0
-        bad = np.flatnonzero((status != Status.STORED) & (status != Status.EXISTS))
+        bad = np.flatnonzero(~kept(status))
         if len(bad):
             log.warning("put: %d of %d blocks, first: %s", len(bad), len(keys), describe(int(status[bad[0]])))
         return int(bad[0]) if len(bad) else len(keys)

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -32,12 +31,12 @@ from vllm.v1.kv_offload.base import (
 
 from ..batches import as_keys
 from ..buffers import Buffer, Slices
-from ..keys import KEY_BYTES, TAG_BYTES, Keys
+from ..keys import KEY_BYTES, Keys
 from ..peer import Peer
 from ..rdma.errors import LocalError, MemKVError
 from ..status import Status
 from ..tickets import Ticket
-from .identity import Identity
+from .identity import Identity, piece_mask
 from .settings import Settings
 from .vllm_gpu_manager import MemKVBlocks
 from .vllm_outcomes import Outcomes
@@ -84,14 +83,11 @@ class Piece:
 
 def piece_key(piece: int, pieces: int, length: int) -> npt.NDArray[np.uint8]:
     """What is added (by exclusive or) to a block's key for one of its pieces; nothing for the last one, which
-    stands for the block in lookups. A digest of 12 bytes; the placement tag is left alone.
+    stands for the block in lookups.
     """
-    out = np.zeros(KEY_BYTES, np.uint8)
-    if piece < pieces - 1:
-        content = f"piece {piece} of {pieces}, {length} bytes".encode()
-        digest = blake2b(content, digest_size=KEY_BYTES - TAG_BYTES, person=b"memkv-vllm-piece").digest()
-        out[TAG_BYTES:] = np.frombuffer(digest, np.uint8)
-    return out
+    if piece == pieces - 1:
+        return np.zeros(KEY_BYTES, np.uint8)
+    return piece_mask(f"piece {piece} of {pieces}, {length} bytes".encode(), b"memkv-vllm-piece")
 
 
 class MemKVWorker(OffloadingWorker):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from ..status import FIRST_ERROR, Status, describe
+from ..status import FIRST_ERROR, Status, describe, kept
 from ..tickets import Ticket
 
 log = logging.getLogger("memkv.vllm")
@@ -38,9 +38,7 @@ class Outcomes:
         bad = status[(status >= FIRST_ERROR) | (status == Status.TIMEOUT) | (status == Status.CORRUPT)]
         if bad.size:
             self._say(describe(int(bad[0])), bad.size, count)
-        good: npt.NDArray[np.bool_] = status == Status.HIT
-        if self.what == "store":
-            good = (status == Status.STORED) | (status == Status.EXISTS)
+        good: npt.NDArray[np.bool_] = kept(status) if self.what == "store" else status == Status.HIT
         return good
 
     def _say(self, reason: str, bad: int, count: int) -> None:

@@ -47,19 +47,21 @@ static int is_write(const struct mkv_io *io) {
     return io->op == MKV_IO_WRITE || io->op == MKV_IO_DISCARD;
 }
 
-static void account(struct mkv_device *dev, const struct mkv_io *io, uint64_t sign) {
+/* What a device has: sign 1 when a request starts, -1 when it is over. */
+static void account(struct mkv_device *dev, const struct mkv_io *io, int sign) {
+    uint64_t bytes = sign < 0 ? -io->length : io->length;
+    if (is_write(io))
+        dev->writing += (uint32_t)sign;
     if (io->op == MKV_IO_READ)
-        dev->read_bytes += sign * io->length;
+        dev->read_bytes += bytes;
     else if (io->op == MKV_IO_WRITE)
-        dev->write_bytes += sign * io->length;
+        dev->write_bytes += bytes;
 }
 
 void mkv_task_over(struct mkv_flashio *f, struct mkv_task *t, int result) {
     struct mkv_device *dev = &f->devices[t->device];
     struct mkv_io *io = t->io;
-    if (is_write(io))
-        dev->writing--;
-    account(dev, io, -1ull);
+    account(dev, io, -1);
     if (io->op == MKV_IO_FLUSH)
         dev->flushing = 0;
     mkv_count(&f->stats.under_way, -1ull);
@@ -124,8 +126,6 @@ static void start(struct mkv_flashio *f, uint32_t device, struct mkv_io *io) {
     __atomic_store_n(&t->started_ns, mkv_now_ns(), __ATOMIC_RELAXED);
     for (const struct mkv_io *each = io; each; each = each->next)
         mkv_count(&f->stats.waiting, -1ull);
-    if (is_write(io))
-        dev->writing++;
     account(dev, io, 1);
     if (io->op == MKV_IO_FLUSH)
         dev->flushing = 1;

@@ -168,10 +168,8 @@ void mkv_extent_io_end(struct mkv_ns *ns, struct mkv_extent *e) {
     struct mkv_slab *s = mkv_slab_of(ns, e);
     e->op = 0;
     s->io--;
-    if (e->state == MKV_EXTENT_BUSY) {
-        e->state = MKV_EXTENT_FREE;
-        mkv_list_push_head(&s->cls->free, e);
-    }
+    if (e->state == MKV_EXTENT_BUSY)
+        free_now(s->cls, e);
 }
 
 /* Frees what has served its time. The tick calls it after it has advanced the epoch. */
